@@ -1,0 +1,650 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""The liquid-resistance liquid-capacitance recurrence and the linear scan under it, in plain PyTorch.
+
+This file is the definition (`lrc_step`), the solvers that apply it to a whole sequence, and the adjoint. Other backends
+implement the same two operators faster and are tested against this one.
+
+    x_t = x_{t-1} + dt_t * eps(x_{t-1}) * v(x_{t-1})            arXiv 2505.21717, section 3
+
+Notation, as in the paper: `f` is the forget conductance, `z` the update drive, `eps` the elastance (inverse capacitance),
+`v` the membrane velocity. Every product is elementwise, so the Jacobian dx_t/dx_{t-1} is diagonal and a sequence is
+solved by prefix scans. Shapes: B batch, T steps, D state.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+SOLVERS = ("auto", "sequential", "newton", "chunked")
+BACKENDS = ("auto", "torch", "cpu")
+
+# Newton either converges in a handful of iterations or does not converge in time to be worth waiting for.
+_MAX_NEWTON_ITERATIONS = 30
+# Below this many steps a Python loop costs no more than the parallel solvers' bookkeeping.
+_SHORT_SEQUENCE = 32
+
+
+class LrcParameters(NamedTuple):
+    """The parameters of the state's own dynamics, each of shape (D,), real or complex.
+
+    `elastance_shift` set selects the symmetric elastance sigmoid(e + shift) - sigmoid(e - shift); None selects the
+    asymmetric elastance sigmoid(e).
+    """
+
+    activation_scale: Tensor
+    activation_shift: Tensor
+    forget_weight: Tensor
+    update_weight: Tensor
+    leak_conductance: Tensor
+    leak_potential: Tensor
+    elastance_weight: Tensor
+    elastance_bias: Tensor
+    elastance_shift: Tensor | None = None
+
+
+class LrcScanInfo(NamedTuple):
+    """How a scan was solved.
+
+    `iterations`: Newton iterations or chunk sweeps. `residual`: the largest |x_t - F(x_{t-1})| / max(1, |x_t|) of the
+    parallel solver's last iterate (0 where the recurrence was evaluated step by step). `fell_back`: the parallel solver
+    did not reach the tolerance and the returned states are those of `sequential`.
+    """
+
+    solver: str
+    iterations: int
+    residual: float
+    fell_back: bool
+
+
+# --- The cell -------------------------------------------------------------------------------------------------------
+
+
+class _Cell(NamedTuple):
+    """What one evaluation of the cell computes, kept for its derivatives."""
+
+    activation: Tensor  # n(x)
+    forget_gate: Tensor  # sigmoid(f)
+    update: Tensor  # tanh(z)
+    elastance: Tensor  # eps
+    elastance_slope: Tensor  # d eps / d e
+    elastance_shift_slope: Tensor | None  # d eps / d shift
+    velocity: Tensor  # v
+
+
+def _cell(state, forget_input, update_input, elastance_input, p: LrcParameters) -> _Cell:
+    activation = torch.sigmoid(p.activation_scale * (state - p.activation_shift))
+    forget_gate = torch.sigmoid(p.leak_conductance + forget_input + p.forget_weight * activation)
+    update = torch.tanh(p.leak_conductance + update_input + p.update_weight * activation)
+    drive = p.elastance_weight * state + p.elastance_bias
+    if elastance_input is not None:
+        drive = drive + elastance_input
+    if p.elastance_shift is None:
+        elastance = torch.sigmoid(drive)
+        slope, shift_slope = elastance * (1 - elastance), None
+    else:
+        upper, lower = torch.sigmoid(drive + p.elastance_shift), torch.sigmoid(drive - p.elastance_shift)
+        elastance = upper - lower
+        upper_slope, lower_slope = upper * (1 - upper), lower * (1 - lower)
+        slope, shift_slope = upper_slope - lower_slope, upper_slope + lower_slope
+    velocity = p.leak_potential * update - forget_gate * state
+    return _Cell(activation, forget_gate, update, elastance, slope, shift_slope, velocity)
+
+
+def _advance(state, cell: _Cell, time_step):
+    if time_step is None:
+        return state + cell.elastance * cell.velocity
+    # `where`, because 0 * inf is NaN: a step of no time must leave even an overflowing neighbour's state alone.
+    return torch.where(time_step == 0, state, state + time_step * cell.elastance * cell.velocity)
+
+
+def _jacobian(state, cell: _Cell, time_step, p: LrcParameters):
+    """dx_t/dx_{t-1}, elementwise."""
+    n, gate, update = cell.activation, cell.forget_gate, cell.update
+    through_activation = (
+        p.leak_potential * (1 - update * update) * p.update_weight - state * gate * (1 - gate) * p.forget_weight
+    )
+    velocity_slope = through_activation * p.activation_scale * n * (1 - n) - gate
+    slope = cell.elastance * velocity_slope + cell.elastance_slope * p.elastance_weight * cell.velocity
+    return 1 + slope if time_step is None else 1 + time_step * slope
+
+
+def lrc_step(
+    state: Tensor,
+    forget_input: Tensor,
+    update_input: Tensor,
+    parameters: LrcParameters,
+    *,
+    elastance_input: Tensor | None = None,
+    time_step: Tensor | None = None,
+) -> Tensor:
+    """One step of the recurrence, differentiable by autograd: the definition every solver and kernel is held to.
+
+    Args:
+        state: x_{t-1}, (..., D).
+        forget_input, update_input, elastance_input: c_t, d_t and q_t, broadcastable to the state.
+        parameters: see `LrcParameters`.
+        time_step: dt_t, broadcastable to the state; None means 1.
+
+    Returns:
+        x_t, (..., D).
+    """
+    return _advance(state, _cell(state, forget_input, update_input, elastance_input, parameters), time_step)
+
+
+class _Problem(NamedTuple):
+    """One scan's operands in the working dtype; `time_step` (B, T, 1) real, `reset` (B, T, 1) bool."""
+
+    forget_input: Tensor
+    update_input: Tensor
+    elastance_input: Tensor | None
+    time_step: Tensor | None
+    reset: Tensor | None
+    parameters: LrcParameters
+
+    def at(self, step: int) -> _Problem:
+        """The operands of one step, without the time axis (the last but one)."""
+        return self.map(lambda x: x.select(-2, step))
+
+    def map(self, function) -> _Problem:
+        """`function` applied to every operand that has a time axis."""
+        return _Problem(*(None if x is None else function(x) for x in self[:-1]), self.parameters)
+
+    def evaluate(self, previous: Tensor) -> tuple[Tensor, _Cell]:
+        """The states before the step with resets applied, and the cell there."""
+        if self.reset is not None:
+            previous = torch.where(self.reset, 0, previous)
+        return previous, _cell(
+            previous, self.forget_input, self.update_input, self.elastance_input, self.parameters
+        )
+
+    def advance(self, previous: Tensor) -> Tensor:
+        """F(x_{t-1})."""
+        previous, cell = self.evaluate(previous)
+        return _advance(previous, cell, self.time_step)
+
+    def linearise(self, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x_{t-1}) and dF/dx_{t-1}."""
+        previous, cell = self.evaluate(previous)
+        return _advance(previous, cell, self.time_step), self.jacobian(previous, cell)
+
+    def jacobian(self, previous: Tensor, cell: _Cell) -> Tensor:
+        jacobian = _jacobian(previous, cell, self.time_step, self.parameters)
+        return jacobian if self.reset is None else torch.where(self.reset, 0, jacobian)
+
+
+def _shift(states: Tensor, initial_state: Tensor) -> Tensor:
+    """x_0 .. x_{T-1} from x_1 .. x_T and x_0."""
+    return torch.cat([initial_state.unsqueeze(1), states[:, :-1]], dim=1)
+
+
+def _relative_error(states: Tensor, target: Tensor) -> float:
+    error = (states - target).abs() / states.abs().clamp(min=1)
+    # Anything that is not a number is no solution: it must not compare as small.
+    return error.nan_to_num(nan=math.inf).max().item() if error.numel() else 0.0
+
+
+# --- Solvers --------------------------------------------------------------------------------------------------------
+
+
+def _solve_sequential(problem: _Problem, initial_state: Tensor) -> Tensor:
+    state, states = initial_state, []
+    for step in range(problem.forget_input.shape[1]):
+        state = problem.at(step).advance(state)
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+def _solve_newton(problem: _Problem, initial_state: Tensor, tolerance: float) -> tuple[Tensor, int, float]:
+    """DEER: linearise every step around the current guess and solve all of them with one prefix scan.
+
+    The scan runs on the correction, not on the state, so that its rounding errors vanish with it.
+    """
+    states = torch.zeros_like(problem.forget_input)
+    residual = math.inf
+    for iteration in range(_MAX_NEWTON_ITERATIONS + 1):
+        target, jacobian = problem.linearise(_shift(states, initial_state))
+        residual = _relative_error(states, target)
+        if residual <= tolerance or iteration == _MAX_NEWTON_ITERATIONS or math.isinf(residual):
+            break
+        states = states + _scan_torch(jacobian, target - states, torch.zeros_like(initial_state))
+    return states, iteration, residual
+
+
+def _solve_chunked(problem: _Problem, initial_state: Tensor, tolerance: float) -> tuple[Tensor, int, float]:
+    """Multiple shooting: exact chunks from guessed starts, and Newton on the chunk boundaries only.
+
+    A sweep runs the recurrence through all chunks at once and returns each chunk's end and the product of its
+    Jacobians; a scan over the chunks then corrects the starts. After k sweeps the first k chunks are exact, so it ends
+    after at most as many sweeps as there are chunks.
+    """
+    batch, length, size = problem.forget_input.shape
+    chunk = math.isqrt(length - 1) + 1
+    count = -(-length // chunk)
+    padding = count * chunk - length
+    if padding and problem.time_step is None:
+        problem = problem._replace(time_step=initial_state.real.new_ones(batch, length, 1))
+    # Padded steps take no time and leave the state as it is.
+    chunks = problem.map(lambda x: F.pad(x, (0, 0, 0, padding)).unflatten(1, (count, chunk)))
+    steps = [chunks.at(step) for step in range(chunk)]
+
+    starts = torch.cat([initial_state.unsqueeze(1), initial_state.new_zeros(batch, count - 1, size)], dim=1)
+    for sweep in range(1, count + 1):
+        state, product, trajectory = starts, torch.ones_like(starts), []
+        for step in steps:
+            state, jacobian = step.linearise(state)
+            product = product * jacobian
+            trajectory.append(state)
+        ends = state[:, :-1]
+        # The recurrence holds inside the chunks by construction; what is left to check is the step into each chunk.
+        residual = _relative_error(
+            trajectory[0][:, 1:], steps[0].map(lambda x: x[:, 1:]).advance(ends)
+        )
+        if residual <= tolerance or sweep == count:
+            break
+        mismatch = torch.where(ends.isfinite(), ends - starts[:, 1:], 0)
+        product = torch.where(product.isfinite(), product, 0)[:, :-1]
+        corrections = _shift(_loop(product, mismatch, torch.zeros_like(initial_state)), torch.zeros_like(initial_state))
+        corrected = ends + product * corrections
+        starts = torch.cat([starts[:, :1], torch.where(corrected.isfinite(), corrected, 0)], dim=1)
+    states = torch.stack(trajectory, dim=2).flatten(1, 2)[:, :length]
+    return states, sweep, residual
+
+
+def _solve(problem: _Problem, initial_state: Tensor, solver: str, tolerance: float) -> tuple[Tensor, LrcScanInfo]:
+    """The states by `solver`, or by the definition where the solver does not get there."""
+    if solver == "auto":
+        solver = "sequential" if problem.forget_input.shape[1] <= _SHORT_SEQUENCE else "chunked"
+    if solver == "sequential":
+        return _solve_sequential(problem, initial_state), LrcScanInfo(solver, 1, 0.0, False)
+    states, iterations, residual = {"newton": _solve_newton, "chunked": _solve_chunked}[solver](
+        problem, initial_state, tolerance
+    )
+    if residual <= tolerance:
+        return states, LrcScanInfo(solver, iterations, residual, False)
+    return _solve_sequential(problem, initial_state), LrcScanInfo(solver, iterations, residual, True)
+
+
+# --- The linear scan ------------------------------------------------------------------------------------------------
+
+
+def _loop(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+    """h_t = decay_t * h_{t-1} + inputs_t along axis 1: the definition."""
+    state, states = initial_state, []
+    for decay_t, input_t in zip(decay.unbind(1), inputs.unbind(1)):
+        state = decay_t * state + input_t
+        states.append(state)
+    return torch.stack(states, dim=1) if states else torch.empty_like(inputs)
+
+
+def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+    """The same in O(sqrt(T)) vectorised steps: all chunks at once, a loop over chunks for the carries, all chunks again."""
+    length = inputs.shape[1]
+    if length <= _SHORT_SEQUENCE:
+        return _loop(decay, inputs, initial_state)
+    chunk = math.isqrt(length - 1) + 1
+    count = -(-length // chunk)
+    padding = (0, 0, 0, count * chunk - length)
+    # Chunks become rows of the batch for `_loop`: (B, count, chunk, D) -> (B * count, chunk, D).
+    decay_chunks = F.pad(decay, padding).unflatten(1, (count, chunk)).flatten(0, 1)
+    input_chunks = F.pad(inputs, padding).unflatten(1, (count, chunk)).flatten(0, 1)
+    products = decay_chunks.prod(dim=1).unflatten(0, (-1, count))
+    if not products.isfinite().all():
+        # The carries of an expanding recurrence can be finite where the products of its factors are not.
+        return _loop(decay, inputs, initial_state)
+    ends = _loop(decay_chunks, input_chunks, torch.zeros_like(products.flatten(0, 1)))[:, -1].unflatten(0, (-1, count))
+    carries = _shift(_loop(products, ends, initial_state), initial_state)
+    return _loop(decay_chunks, input_chunks, carries.flatten(0, 1)).unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
+
+
+@torch.library.custom_op("lrcssm::prefix_scan", mutates_args=())
+def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
+    if kernels := _cpu_kernels(inputs):
+        return kernels.prefix_scan(decay, inputs, initial_state, reverse)
+    if reverse:
+        return _scan_torch(decay.flip(1), inputs.flip(1), initial_state).flip(1)
+    return _scan_torch(decay, inputs, initial_state).contiguous()
+
+
+@_prefix_scan_op.register_fake
+def _(decay, inputs, initial_state, reverse):
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+
+
+def _prefix_scan_setup(ctx, inputs, output):
+    decay, _, initial_state, ctx.reverse = inputs
+    ctx.save_for_backward(decay, initial_state, output)
+
+
+def _prefix_scan_backward(ctx, grad_states):
+    """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1} (Blelloch 1990, ch. 1)."""
+    decay, initial_state, states = ctx.saved_tensors
+    decay = decay.conj() if decay.is_complex() else decay
+    zeros = torch.zeros_like(initial_state)
+    if ctx.reverse:
+        previous = torch.cat([states[:, 1:], initial_state.unsqueeze(1)], dim=1)
+        following = torch.cat([zeros.unsqueeze(1), decay[:, :-1]], dim=1)
+        last = -1
+    else:
+        previous = _shift(states, initial_state)
+        following = torch.cat([decay[:, 1:], zeros.unsqueeze(1)], dim=1)
+        last = 0
+    adjoint = _prefix_scan_op(following, grad_states.contiguous(), zeros, not ctx.reverse)
+    previous = previous.conj() if previous.is_complex() else previous
+    return adjoint * previous, adjoint, (decay[:, last] * adjoint[:, last]), None
+
+
+_prefix_scan_op.register_autograd(_prefix_scan_backward, setup_context=_prefix_scan_setup)
+
+
+def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """The linear recurrence h_t = decay_t * h_{t-1} + inputs_t for all t, differentiable in every tensor argument.
+
+    Args:
+        decay, inputs: (B, T, D), real or complex.
+        initial_state: h_0 (for `reverse`, h_{T+1}), (B, D); zero by default.
+        reverse: run from the last step to the first, h_t = decay_t * h_{t+1} + inputs_t.
+
+    Returns:
+        The states h_1 .. h_T, (B, T, D), in the widest of the arguments' dtypes and at least float32.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the argument.
+    """
+    if inputs.dim() != 3:
+        raise ValueError(f"`inputs` must be (batch, steps, state), got shape {tuple(inputs.shape)}.")
+    _require_shape("decay", decay, inputs.shape)
+    if initial_state is not None:
+        _require_shape("initial_state", initial_state, (inputs.shape[0], inputs.shape[2]))
+    dtype = _working_dtype(decay, inputs, initial_state)
+    if initial_state is None:
+        initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
+    if inputs.shape[1] == 0:
+        return inputs.to(dtype)
+    return _prefix_scan_op(decay.to(dtype), inputs.to(dtype), initial_state.to(dtype), reverse)
+
+
+# --- The nonlinear scan ---------------------------------------------------------------------------------------------
+# The operators take the parameters as one (8 or 9, D) tensor, so that autograd sees a fixed number of arguments.
+
+
+def _problem(forget_input, update_input, elastance_input, time_step, reset, weights) -> _Problem:
+    dtype = weights.dtype
+    return _Problem(
+        forget_input.to(dtype),
+        update_input.to(dtype),
+        None if elastance_input is None else elastance_input.to(dtype),
+        None if time_step is None else time_step.to(weights.real.dtype).unsqueeze(-1),
+        None if reset is None else reset.unsqueeze(-1),
+        LrcParameters(*weights.unbind()),
+    )
+
+
+@torch.library.custom_op("lrcssm::lrc_scan", mutates_args=())
+def _lrc_scan_op(
+    forget_input: Tensor,
+    update_input: Tensor,
+    elastance_input: Tensor | None,
+    time_step: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor,
+    weights: Tensor,
+    solver: str,
+    backend: str,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(states, final_state, [iterations, residual, fell_back, index of the solver])."""
+    if backend == "cpu":
+        states = _cpu_kernels(initial_state).lrc_scan(
+            forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
+        )
+        info = LrcScanInfo("sequential", 1, 0.0, False)
+    else:
+        problem = _problem(forget_input, update_input, elastance_input, time_step, reset, weights)
+        states, info = _solve(problem, initial_state, solver, tolerance)
+    numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
+    return states.contiguous(), states[:, -1].clone(), torch.tensor(numbers, dtype=torch.float64)
+
+
+@_lrc_scan_op.register_fake
+def _(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, backend, tolerance):
+    states = forget_input.new_empty(forget_input.shape, dtype=weights.dtype)
+    return states, torch.empty_like(initial_state), torch.empty(4, dtype=torch.float64)
+
+
+@torch.library.custom_op("lrcssm::lrc_scan_backward", mutates_args=())
+def _lrc_scan_backward_op(
+    grad_states: Tensor,
+    states: Tensor,
+    forget_input: Tensor,
+    update_input: Tensor,
+    elastance_input: Tensor | None,
+    time_step: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor,
+    weights: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (forget_input, update_input, elastance_input, time_step, initial_state, weights).
+
+    The adjoint lam_t = g_t + J_{t+1} lam_{t+1} is linear: everything but one reverse scan is elementwise. Gradients of
+    absent arguments are empty tensors.
+    """
+    if backend == "cpu":
+        return _cpu_kernels(initial_state).lrc_scan_backward(
+            grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
+        )
+    if weights.is_complex():
+        # The cell is holomorphic: its conjugated derivatives are its derivatives at the conjugated arguments.
+        states, forget_input, update_input = states.conj(), forget_input.conj(), update_input.conj()
+        elastance_input = None if elastance_input is None else elastance_input.conj()
+        initial_state, weights = initial_state.conj().resolve_conj(), weights.conj()
+    problem = _problem(forget_input, update_input, elastance_input, time_step, reset, weights)
+    p, step = problem.parameters, problem.time_step
+    previous, cell = problem.evaluate(_shift(states, initial_state))
+    jacobian = problem.jacobian(previous, cell)
+    following = torch.cat([jacobian[:, 1:], torch.zeros_like(jacobian[:, :1])], dim=1)
+    adjoint = _prefix_scan_op(following, grad_states.contiguous(), torch.zeros_like(initial_state), True)
+
+    grad_increment = adjoint if step is None else adjoint * step
+    grad_elastance = grad_increment * cell.velocity
+    grad_velocity = grad_increment * cell.elastance
+    grad_drive = grad_elastance * cell.elastance_slope
+    grad_f = -grad_velocity * previous * cell.forget_gate * (1 - cell.forget_gate)
+    grad_z = grad_velocity * p.leak_potential * (1 - cell.update * cell.update)
+    grad_activation = grad_f * p.forget_weight + grad_z * p.update_weight
+    grad_synapse = grad_activation * cell.activation * (1 - cell.activation)
+    grad_parameters = LrcParameters(
+        activation_scale=grad_synapse * (previous - p.activation_shift),
+        activation_shift=-grad_synapse * p.activation_scale,
+        forget_weight=grad_f * cell.activation,
+        update_weight=grad_z * cell.activation,
+        leak_conductance=grad_f + grad_z,
+        leak_potential=grad_velocity * cell.update,
+        elastance_weight=grad_drive * previous,
+        elastance_bias=grad_drive,
+        elastance_shift=None if p.elastance_shift is None else grad_elastance * cell.elastance_shift_slope,
+    )
+    if time_step is None:
+        grad_time_step = grad_states.new_empty(0)
+    else:
+        grad_time_step = (adjoint * cell.elastance * cell.velocity).real.sum(-1).to(time_step.dtype)
+    return (
+        grad_f.to(forget_input.dtype),
+        grad_z.to(update_input.dtype),
+        grad_states.new_empty(0) if elastance_input is None else grad_drive.to(elastance_input.dtype),
+        grad_time_step,
+        jacobian[:, 0] * adjoint[:, 0],
+        torch.stack([grad.sum((0, 1)) for grad in grad_parameters if grad is not None]),
+    )
+
+
+@_lrc_scan_backward_op.register_fake
+def _(grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, backend):
+    arguments = (forget_input, update_input, elastance_input, time_step, initial_state, weights)
+    return tuple(grad_states.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments)
+
+
+def _lrc_scan_setup(ctx, inputs, output):
+    *operands, _, ctx.backend, _ = inputs
+    ctx.save_for_backward(output[0], *operands)
+    ctx.set_materialize_grads(False)
+
+
+def _lrc_scan_autograd(ctx, grad_states, grad_final_state, grad_info):
+    states, *operands = ctx.saved_tensors
+    grad_states = torch.zeros_like(states) if grad_states is None else grad_states
+    if grad_final_state is not None:
+        grad_states = torch.cat([grad_states[:, :-1], (grad_states[:, -1] + grad_final_state).unsqueeze(1)], dim=1)
+    forget, update, elastance, time_step, initial_state, weights = _lrc_scan_backward_op(
+        grad_states, states, *operands, ctx.backend
+    )
+    elastance = None if operands[2] is None else elastance
+    time_step = None if operands[3] is None else time_step.to(operands[3].dtype)
+    return forget, update, elastance, time_step, None, initial_state, weights, None, None, None
+
+
+_lrc_scan_op.register_autograd(_lrc_scan_autograd, setup_context=_lrc_scan_setup)
+
+
+def lrc_scan(
+    forget_input: Tensor,
+    update_input: Tensor,
+    parameters: LrcParameters,
+    *,
+    elastance_input: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    time_step: Tensor | None = None,
+    reset: Tensor | None = None,
+    solver: str = "auto",
+    backend: str = "auto",
+    tolerance: float | None = None,
+    return_info: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LrcScanInfo]:
+    """All states of the LRC recurrence, exactly; differentiable in every floating-point argument.
+
+    Args:
+        forget_input, update_input: c_t and d_t, (B, T, D): the sensory currents into forget gate and update.
+        parameters: the state's own dynamics, see `LrcParameters`.
+        elastance_input: q_t, (B, T, D): lets the input decide whether a neuron holds its state or changes it.
+        initial_state: x_0, (B, D); zero by default.
+        time_step: dt_t, (B, T), elapsed time in units of the training step; 1 by default. Where it is 0 the state is
+            left bit for bit as it was.
+        reset: (B, T) bool; where it is set, the state before that step counts as zero.
+        solver: `sequential` evaluates the definition; `newton` linearises all steps at once (DEER); `chunked` runs
+            exact chunks in parallel and matches their boundaries; `auto` picks. All give the same states: a parallel
+            solver that does not reach the tolerance is replaced by `sequential`.
+        backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `auto` takes
+            the kernel where it applies.
+        tolerance: largest |x_t - F(x_{t-1})| / max(1, |x_t|) accepted from a parallel solver; by default 16 units of
+            rounding of the working dtype.
+        return_info: also return an `LrcScanInfo`.
+
+    Returns:
+        states (B, T, D) and final_state (B, D), in the widest of the arguments' dtypes and at least float32; complex
+        where a parameter or the initial state is. With `return_info`, the info as a third item.
+
+    Raises:
+        ValueError: a shape, solver or backend does not fit; the message names the argument and the fix.
+    """
+    if forget_input.dim() != 3:
+        raise ValueError(f"`forget_input` must be (batch, steps, state), got shape {tuple(forget_input.shape)}.")
+    batch, length, size = forget_input.shape
+    expected = {
+        "update_input": (update_input, (batch, length, size)),
+        "elastance_input": (elastance_input, (batch, length, size)),
+        "initial_state": (initial_state, (batch, size)),
+        "time_step": (time_step, (batch, length)),
+        "reset": (reset, (batch, length)),
+        **{f"parameters.{name}": (value, (size,)) for name, value in parameters._asdict().items()},
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None:
+            _require_shape(name, tensor, shape)
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"`reset` must be bool, got {reset.dtype}; pass `reset.bool()`.")
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive, got {tolerance}.")
+
+    dtype = _working_dtype(forget_input, update_input, elastance_input, initial_state, *parameters)
+    weights = torch.stack([parameter.to(dtype) for parameter in parameters if parameter is not None])
+    if initial_state is None:
+        initial_state = weights.new_zeros(batch, size)
+    initial_state = initial_state.to(dtype)
+    if dtype.is_complex:
+        forget_input, update_input = forget_input.to(dtype), update_input.to(dtype)
+        elastance_input = None if elastance_input is None else elastance_input.to(dtype)
+    operands = (forget_input, update_input, elastance_input, time_step, reset)
+
+    if backend == "auto":
+        backend = "cpu" if solver in ("auto", "sequential") and _cpu_kernels(initial_state) else "torch"
+    elif backend == "cpu":
+        if solver not in ("auto", "sequential"):
+            raise ValueError(f"backend 'cpu' solves sequentially; use solver 'auto' or backend 'torch', got {solver!r}.")
+        if not _cpu_kernels(initial_state):
+            raise ValueError(
+                f"backend 'cpu' needs numba and float32 tensors on the CPU, got {dtype} on {weights.device}"
+                f"{'' if _numba_kernels() else ' and numba is not installed (pip install numba)'}; use backend 'auto'."
+            )
+
+    if length == 0:
+        states, final_state, info = weights.new_empty(batch, 0, size), initial_state, LrcScanInfo(solver, 0, 0.0, False)
+    elif length == 1 and not return_info and not torch.is_grad_enabled():
+        # Decoding: one plain step, which compilers can fuse with its neighbours.
+        final_state = _problem(*operands, weights).at(0).advance(initial_state)
+        states = final_state.unsqueeze(1)
+    else:
+        if tolerance is None:
+            tolerance = 16 * torch.finfo(dtype).eps
+        states, final_state, numbers = _lrc_scan_op(*operands, initial_state, weights, solver, backend, tolerance)
+        if return_info:
+            iterations, residual, fell_back, used = numbers.tolist()
+            info = LrcScanInfo(SOLVERS[int(used)], int(iterations), residual, bool(fell_back))
+    return (states, final_state, info) if return_info else (states, final_state)
+
+
+# --- Arguments and backends -----------------------------------------------------------------------------------------
+
+
+def _require_shape(name: str, tensor: Tensor, shape) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+
+
+def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@functools.cache
+def _numba_kernels():
+    """The compiled kernels, or None where numba is missing; says so once."""
+    try:
+        from . import recurrence_cpu
+    except ImportError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        logger.warning("numba is not installed: the recurrence runs in plain PyTorch on the CPU. `pip install numba`.")
+        return None
+    return recurrence_cpu
+
+
+def _cpu_kernels(tensor: Tensor):
+    """The kernels that serve tensors like this one, or None."""
+    return _numba_kernels() if tensor.device.type == "cpu" and tensor.dtype == torch.float32 else None
