@@ -80,34 +80,46 @@ def _tanh(x):
     return _TWO * _sigmoid(_TWO * x) - _ONE
 
 
-@_inline()
-def _cell(state, forget_input, update_input, elastance_input, w, j):
-    """`recurrence._cell` for one channel; rows of `w` are the fields of `LrcParameters`."""
-    activation = _sigmoid(w[0, j] * (state - w[1, j]))
-    forget_gate = _sigmoid(w[4, j] + forget_input + w[2, j] * activation)
-    update = _tanh(w[4, j] + update_input + w[3, j] * activation)
-    velocity = w[5, j] * update - forget_gate * state
-    return activation, forget_gate, update, velocity, w[6, j] * state + w[7, j] + elastance_input
+# Every operand of the loop over channels lies in one scratch buffer of rows this far apart. LLVM then knows at compile
+# time that the rows do not overlap; with twenty arrays it would give up on vector instructions.
+_WIDTH = 256
 
 
 @_inline()
-def _elastance(drive, shift, j):
-    """eps and its derivatives by drive and shift; `shift` None is the asymmetric elastance, a separate compilation."""
-    if shift is None:
+def _cell(s, j, state, forget_input, update_input, elastance_input):
+    """`recurrence._cell` for one channel; the first rows of the scratch are the fields of `LrcParameters`."""
+    activation = _sigmoid(s[j] * (state - s[_WIDTH + j]))
+    forget_gate = _sigmoid(s[4 * _WIDTH + j] + forget_input + s[2 * _WIDTH + j] * activation)
+    update = _tanh(s[4 * _WIDTH + j] + update_input + s[3 * _WIDTH + j] * activation)
+    velocity = s[5 * _WIDTH + j] * update - forget_gate * state
+    return activation, forget_gate, update, velocity, s[6 * _WIDTH + j] * state + s[7 * _WIDTH + j] + elastance_input
+
+
+@_inline()
+def _elastance(s, j, drive, symmetric):
+    """eps and its derivatives by drive and shift; `symmetric` None (or True) makes two compilations of the caller."""
+    if symmetric is None:
         elastance = _sigmoid(drive)
         slope = elastance * (_ONE - elastance)
         return elastance, slope, slope
     else:
-        upper, lower = _sigmoid(drive + shift[j]), _sigmoid(drive - shift[j])
+        upper, lower = _sigmoid(drive + s[8 * _WIDTH + j]), _sigmoid(drive - s[8 * _WIDTH + j])
         upper_slope, lower_slope = upper * (_ONE - upper), lower * (_ONE - lower)
         return upper - lower, upper_slope - lower_slope, upper_slope + lower_slope
 
 
 @_inline()
-def _block(item, blocks, width, size):
-    """Batch row and channel range of a work item."""
-    first = (item % blocks) * width
-    return item // blocks, first, max(min(width, size - first), 0)
+def _load(s, row, array, offset, count):
+    source, target = array[offset : offset + count], s[row * _WIDTH : row * _WIDTH + count]
+    for j in range(count):
+        target[j] = source[j]
+
+
+@_inline()
+def _store(s, row, array, offset, count):
+    source, target = s[row * _WIDTH : row * _WIDTH + count], array[offset : offset + count]
+    for j in range(count):
+        target[j] = source[j]
 
 
 @njit(fastmath=True, nogil=True)
@@ -118,113 +130,123 @@ def _sum(values):
     return total
 
 
+@_inline()
+def _block(item, blocks, width, size):
+    """Batch row, first channel and number of channels of a work item."""
+    first = (item % blocks) * width
+    return item // blocks, first, min(width, size - first)
+
+
+# Scratch rows of the kernels after the nine for the parameters.
+_STATE, _FORGET, _UPDATE, _ELASTANCE = 9, 10, 11, 12
+_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE, _SUMS, _ROWS = 13, 14, 15, 16, 17, 18, 19, 28
+
+
 @_kernel()
-def _lrc_forward(forget, update, elastance, time_step, reset, initial, w, shift, states, blocks, width, start, stop):
-    """Operands are (flat array, batch stride, time stride); work items `start` to `stop` of batch * blocks."""
+def _lrc_forward(
+    forget, update, elastance, time_step, reset, initial, w, symmetric, states, blocks, width, start, stop
+):
+    """Work items `start` to `stop` of batch * blocks; operands are (flat array, batch stride, time stride)."""
     (c, c_b, c_t), (d, d_b, d_t), (q, q_b, q_t) = forget, update, elastance
     (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t) = time_step, reset
     steps, size = states.shape[1], states.shape[2]
-    state = np.empty(width, np.float32)
+    s = np.zeros(13 * _WIDTH, np.float32)
     for item in range(start, stop):
         b, first, count = _block(item, blocks, width, size)
-        w_block = w[:, first : first + count].copy()
-        for j in range(count):
-            state[j] = initial[b, first + j]
+        for k in range(len(w)):
+            _load(s, k, w[k], first, count)
+        _load(s, _STATE, initial[b], first, count)
         for t in range(steps):
             if fresh[b * fresh_b + t * fresh_t]:
-                for j in range(count):
-                    state[j] = 0
-            row = states[b, t, first : first + count]
+                s[_STATE * _WIDTH : (_STATE + 1) * _WIDTH] = 0
             step = dt[b * dt_b + t * dt_t]
             if step != 0:
-                c_row = c[b * c_b + t * c_t + first :][:count]
-                d_row = d[b * d_b + t * d_t + first :][:count]
-                q_row = q[b * q_b + t * q_t + first :][:count]
+                _load(s, _FORGET, c, b * c_b + t * c_t + first, count)
+                _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
+                _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
                 for j in range(count):
-                    x = state[j]
-                    _, _, _, velocity, drive = _cell(x, c_row[j], d_row[j], q_row[j], w_block, j)
-                    eps, _, _ = _elastance(drive, shift, first + j)
-                    x += step * eps * velocity
-                    state[j] = x
-                    row[j] = x
-            else:
-                for j in range(count):
-                    row[j] = state[j]
+                    x = s[_STATE * _WIDTH + j]
+                    _, _, _, velocity, drive = _cell(
+                        s, j, x, s[_FORGET * _WIDTH + j], s[_UPDATE * _WIDTH + j], s[_ELASTANCE * _WIDTH + j]
+                    )
+                    eps, _, _ = _elastance(s, j, drive, symmetric)
+                    s[_STATE * _WIDTH + j] = x + step * eps * velocity
+            _store(s, _STATE, states[b, t], first, count)
 
 
 @_kernel()
 def _lrc_backward(
-    grads, states, forget, update, elastance, time_step, reset, initial, w, shift,
+    grads, states, forget, update, elastance, time_step, reset, initial, w, symmetric,
     grad_forget, grad_update, grad_elastance, grad_time_step, grad_initial, grad_w, blocks, width, start, stop,
 ):  # fmt: skip
-    """The adjoint sweep, from the last step to the first; partial sums of the shared gradients per work item."""
+    """The adjoint sweep, from the last step to the first; gradients shared by the batch are summed per batch row."""
     (c, c_b, c_t), (d, d_b, d_t), (q, q_b, q_t) = forget, update, elastance
     (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t), (g, g_b, g_t) = time_step, reset, grads
-    (gq, gq_b, gq_t) = grad_elastance
+    gq, gq_b, gq_t = grad_elastance
     steps, size = states.shape[1], states.shape[2]
-    adjoint, previous = np.empty(width, np.float32), np.empty(width, np.float32)
-    increments = np.empty(width, np.float32)
-    sums = np.empty((grad_w.shape[1], width), np.float32)
+    s = np.zeros(_ROWS * _WIDTH, np.float32)
     for item in range(start, stop):
         b, first, count = _block(item, blocks, width, size)
-        w_block = w[:, first : first + count].copy()
-        adjoint[:] = 0
-        sums[:] = 0
+        for k in range(len(w)):
+            _load(s, k, w[k], first, count)
+        s[_ADJOINT * _WIDTH : (_ADJOINT + 1) * _WIDTH] = 0
         for t in range(steps - 1, -1, -1):
-            if fresh[b * fresh_b + t * fresh_t]:
-                previous[:] = 0
+            is_reset = fresh[b * fresh_b + t * fresh_t]
+            if is_reset:
+                s[_STATE * _WIDTH : (_STATE + 1) * _WIDTH] = 0
             elif t == 0:
-                for j in range(count):
-                    previous[j] = initial[b, first + j]
+                _load(s, _STATE, initial[b], first, count)
             else:
-                row = states[b, t - 1, first : first + count]
-                for j in range(count):
-                    previous[j] = row[j]
+                _load(s, _STATE, states[b, t - 1], first, count)
             step = dt[b * dt_b + t * dt_t]
-            c_row = c[b * c_b + t * c_t + first :][:count]
-            d_row = d[b * d_b + t * d_t + first :][:count]
-            q_row = q[b * q_b + t * q_t + first :][:count]
-            g_row = g[b * g_b + t * g_t + first :][:count]
-            gq_row = gq[b * gq_b + t * gq_t + first :][:count]
-            gc_row = grad_forget[b, t, first : first + count]
-            gd_row = grad_update[b, t, first : first + count]
+            _load(s, _FORGET, c, b * c_b + t * c_t + first, count)
+            _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
+            _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
+            _load(s, _GRAD_STATE, g, b * g_b + t * g_t + first, count)
             for j in range(count):
-                x = previous[j]
-                n, gate, tanh_z, velocity, drive = _cell(x, c_row[j], d_row[j], q_row[j], w_block, j)
-                eps, eps_slope, shift_slope = _elastance(drive, shift, first + j)
-                lam = adjoint[j] + g_row[j]
+                x = s[_STATE * _WIDTH + j]
+                n, gate, tanh_z, velocity, drive = _cell(
+                    s, j, x, s[_FORGET * _WIDTH + j], s[_UPDATE * _WIDTH + j], s[_ELASTANCE * _WIDTH + j]
+                )
+                eps, eps_slope, shift_slope = _elastance(s, j, drive, symmetric)
+                lam = s[_ADJOINT * _WIDTH + j] + s[_GRAD_STATE * _WIDTH + j]
                 grad_eps = lam * step * velocity
                 grad_velocity = lam * step * eps
                 grad_drive = grad_eps * eps_slope
                 grad_f = -grad_velocity * x * gate * (_ONE - gate)
-                grad_z = grad_velocity * w_block[5, j] * (_ONE - tanh_z * tanh_z)
-                grad_synapse = (grad_f * w_block[2, j] + grad_z * w_block[3, j]) * n * (_ONE - n)
-                gc_row[j] = grad_f
-                gd_row[j] = grad_z
-                gq_row[j] = grad_drive
-                increments[j] = lam * eps * velocity
-                sums[0, j] += grad_synapse * (x - w_block[1, j])
-                sums[1, j] -= grad_synapse * w_block[0, j]
-                sums[2, j] += grad_f * n
-                sums[3, j] += grad_z * n
-                sums[4, j] += grad_f + grad_z
-                sums[5, j] += grad_velocity * tanh_z
-                sums[6, j] += grad_drive * x
-                sums[7, j] += grad_drive
-                if shift is not None:
-                    sums[8, j] += grad_eps * shift_slope
-                adjoint[j] = lam - grad_velocity * gate + grad_synapse * w_block[0, j] + grad_drive * w_block[6, j]
+                grad_z = grad_velocity * s[5 * _WIDTH + j] * (_ONE - tanh_z * tanh_z)
+                grad_activation = grad_f * s[2 * _WIDTH + j] + grad_z * s[3 * _WIDTH + j]
+                grad_synapse = grad_activation * n * (_ONE - n)
+                s[_GRAD_TIME * _WIDTH + j] = lam * eps * velocity
+                s[_GRAD_FORGET * _WIDTH + j] = grad_f
+                s[_GRAD_UPDATE * _WIDTH + j] = grad_z
+                s[_GRAD_ELASTANCE * _WIDTH + j] = grad_drive
+                s[_SUMS * _WIDTH + j] += grad_synapse * (x - s[_WIDTH + j])
+                s[(_SUMS + 1) * _WIDTH + j] -= grad_synapse * s[j]
+                s[(_SUMS + 2) * _WIDTH + j] += grad_f * n
+                s[(_SUMS + 3) * _WIDTH + j] += grad_z * n
+                s[(_SUMS + 4) * _WIDTH + j] += grad_f + grad_z
+                s[(_SUMS + 5) * _WIDTH + j] += grad_velocity * tanh_z
+                s[(_SUMS + 6) * _WIDTH + j] += grad_drive * x
+                s[(_SUMS + 7) * _WIDTH + j] += grad_drive
+                if symmetric is not None:
+                    s[(_SUMS + 8) * _WIDTH + j] += grad_eps * shift_slope
+                s[_ADJOINT * _WIDTH + j] = (
+                    lam - grad_velocity * gate + grad_synapse * s[j] + grad_drive * s[6 * _WIDTH + j]
+                )
+            _store(s, _GRAD_FORGET, grad_forget[b, t], first, count)
+            _store(s, _GRAD_UPDATE, grad_update[b, t], first, count)
+            _store(s, _GRAD_ELASTANCE, gq, b * gq_b + t * gq_t + first, count)
             if grad_time_step is not None:
-                grad_time_step[item % blocks, b, t] = _sum(increments[:count])
-            if fresh[b * fresh_b + t * fresh_t]:
-                adjoint[:] = 0
+                grad_time_step[item % blocks, b, t] = _sum(s[_GRAD_TIME * _WIDTH : _GRAD_TIME * _WIDTH + count])
+            if is_reset:
+                s[_ADJOINT * _WIDTH : (_ADJOINT + 1) * _WIDTH] = 0
             if t % _FLUSH_STEPS == 0:
                 for k in range(grad_w.shape[1]):
                     for j in range(count):
-                        grad_w[b, k, first + j] += sums[k, j]
-                sums[:] = 0
-        for j in range(count):
-            grad_initial[b, first + j] = adjoint[j]
+                        grad_w[b, k, first + j] += s[(_SUMS + k) * _WIDTH + j]
+                s[_SUMS * _WIDTH :] = 0
+        _store(s, _ADJOINT, grad_initial[b], first, count)
 
 
 @_kernel()
@@ -287,6 +309,7 @@ def _partition(batch: int, size: int) -> tuple[int, int]:
     threads = torch.get_num_threads()
     blocks = min(threads // math.gcd(batch, threads), -(-size // _VECTOR))
     width = -(-size // (blocks * _VECTOR)) * _VECTOR
+    width = min(width, _WIDTH)
     return -(-size // width), width
 
 
@@ -296,8 +319,6 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 def _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> tuple:
     batch, steps, size = forget_input.shape
-    symmetric = weights.shape[0] == len(LrcParameters._fields)
-    w = weights.detach().contiguous().numpy()
     return (
         _rows(_float(forget_input)),
         _rows(_float(update_input)),
@@ -305,8 +326,8 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
         _optional(_float(time_step), 1.0, batch, steps),
         _optional(reset, False, batch, steps),
         initial_state.detach().contiguous().numpy(),
-        w,
-        w[-1] if symmetric else None,
+        weights.detach().contiguous().numpy(),
+        True if weights.shape[0] == len(LrcParameters._fields) else None,
     )
 
 
