@@ -1,0 +1,36 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""LrcSSM for Hugging Face. Importing this package registers the model with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .configuration_lrcssm import LrcSSMConfig
+from .modeling_lrcssm import (
+    LrcSSMForCausalLM,
+    LrcSSMForSequenceClassification,
+    LrcSSMForSequenceModeling,
+    LrcSSMModel,
+    LrcSSMPreTrainedModel,
+)
+from .recurrence import LrcParameters, LrcScanInfo, lrc_scan, lrc_step, prefix_scan
+
+
+AutoConfig.register("lrcssm", LrcSSMConfig)
+AutoModel.register(LrcSSMConfig, LrcSSMModel)
+AutoModelForCausalLM.register(LrcSSMConfig, LrcSSMForCausalLM)
+AutoModelForSequenceClassification.register(LrcSSMConfig, LrcSSMForSequenceClassification)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LrcParameters",
+    "LrcSSMConfig",
+    "LrcSSMForCausalLM",
+    "LrcSSMForSequenceClassification",
+    "LrcSSMForSequenceModeling",
+    "LrcSSMModel",
+    "LrcSSMPreTrainedModel",
+    "LrcScanInfo",
+    "lrc_scan",
+    "lrc_step",
+    "prefix_scan",
+]

@@ -1,0 +1,143 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""LrcSSM configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+_CHOICES = {
+    "block_type": ("gated", "paper"),
+    "sensory_activation": ("none", "sigmoid"),
+    "elastance": ("asymmetric", "symmetric"),
+    "state_dependence": ("full", "input"),
+    "pooling": ("mean", "last"),
+    "solver": ("auto", "sequential", "newton", "chunked"),
+    "backend": ("auto", "torch", "cpu"),
+}
+
+
+@strict
+class LrcSSMConfig(PreTrainedConfig):
+    r"""
+    The configuration of an LrcSSM model (arXiv 2505.21717). The defaults give a language model of 0.1 billion parameters
+    with the gated block.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): number of token ids; unused when `num_channels` is set.
+        num_channels (`int`, *optional*): number of channels of a continuous input (`input_values`). When set, the model
+            reads series instead of tokens.
+        hidden_size (`int`, defaults to 768): width H of the residual stream.
+        state_size (`int`, *optional*, defaults to `hidden_size`): number of neurons D per layer, which is also the
+            number of values of recurrent state a layer keeps while generating.
+        num_hidden_layers (`int`, defaults to 12): number of blocks.
+        intermediate_size (`int`, *optional*): width of the MLP; by default 8/3 of `hidden_size` rounded up to a multiple
+            of 64 for the gated block (SwiGLU), `hidden_size` for the paper's.
+        block_type (`"gated"` or `"paper"`, defaults to `"gated"`): `"gated"` is RMSNorm, short convolution, gated
+            recurrence and SwiGLU; `"paper"` is the block of the authors' code, numerically equal to it.
+        sensory_activation (`"none"` or `"sigmoid"`, *optional*): what is applied to the input before it drives the
+            neurons; by default none for the gated block and the paper's sigmoid for the paper's.
+        elastance (`"asymmetric"` or `"symmetric"`, defaults to `"asymmetric"`): sigmoid(e), or
+            sigmoid(e + shift) - sigmoid(e - shift).
+        elastance_input (`bool`, *optional*): whether the input also drives the elastance, which lets a neuron hold its
+            state on one input and change it on another; by default only in the gated block.
+        state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
+            elastance: the recurrence is then linear with every Jacobian in (0, 1).
+        time_constant_min, time_constant_max (`float`, defaults to 2.5 and 64): range, in steps, in which the gated
+            block's time constants are initialised, log-uniformly. Above 2, the fastest the cell can forget.
+        conv_kernel (`int`, defaults to 4): taps of the gated block's causal convolution.
+        hidden_act (`str`, defaults to `"silu"`): activation of the gated block.
+        hidden_dropout (`float`, defaults to 0.0): dropout on what each block adds to the residual stream.
+        norm_eps (`float`, defaults to 1e-5): epsilon of the norms.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the matrices' initialisation.
+        pooling (`"mean"` or `"last"`, defaults to `"mean"`): how `LrcSSMForSequenceClassification` turns the unmasked
+            steps' logits into one.
+        solver (`str`, defaults to `"auto"`): see [`lrc_scan`]; all solvers give the same result.
+        backend (`str`, defaults to `"auto"`): see [`lrc_scan`].
+        layer_types (`list[str]`, *optional*): `"linear_attention"` for every layer, transformers' name for a layer with a
+            recurrent state; read by its caches.
+        use_cache (`bool`, defaults to `True`): whether to return the recurrent state.
+        tie_word_embeddings (`bool`, defaults to `True`): whether the output layer is the input embedding.
+
+    Raises:
+        ValueError: a value is out of range or unknown; the message names the field.
+
+    Example:
+
+    ```python
+    >>> from lrcssm_hf import LrcSSMConfig, LrcSSMForCausalLM
+
+    >>> config = LrcSSMConfig(vocab_size=256, hidden_size=192, num_hidden_layers=4)
+    >>> model = LrcSSMForCausalLM(config)
+    ```"""
+
+    model_type = "lrcssm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    num_channels: int | None = None
+    hidden_size: int = 768
+    state_size: int | None = None
+    num_hidden_layers: int = 12
+    intermediate_size: int | None = None
+    block_type: str = "gated"
+    sensory_activation: str | None = None
+    elastance: str = "asymmetric"
+    elastance_input: bool | None = None
+    state_dependence: str = "full"
+    time_constant_min: float | int = 2.5
+    time_constant_max: float | int = 64.0
+    conv_kernel: int = 4
+    hidden_act: str = "silu"
+    hidden_dropout: float | int = 0.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pooling: str = "mean"
+    solver: str = "auto"
+    backend: str = "auto"
+    layer_types: list[str] | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        gated = self.block_type == "gated"
+        if self.state_size is None:
+            self.state_size = self.hidden_size
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64 if gated else self.hidden_size
+        if self.sensory_activation is None:
+            self.sensory_activation = "none" if gated else "sigmoid"
+        if self.elastance_input is None:
+            self.elastance_input = gated
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * max(self.num_hidden_layers, 0)
+        self._check_values()
+        super().__post_init__(**kwargs)
+
+    def _check_values(self):
+        sizes = ["vocab_size", "hidden_size", "state_size", "num_hidden_layers", "intermediate_size", "conv_kernel"]
+        if self.num_channels is not None:
+            sizes.append("num_channels")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if not 2 < self.time_constant_min <= self.time_constant_max:
+            raise ValueError(
+                "`time_constant_min` must be above 2 and at most `time_constant_max`, got "
+                f"{self.time_constant_min} and {self.time_constant_max}."
+            )
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"`hidden_dropout` must be in [0, 1), got {self.hidden_dropout}.")
+        if self.layer_types != ["linear_attention"] * self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must be {self.num_hidden_layers} times 'linear_attention' (`num_hidden_layers`), "
+                f"got {self.layer_types}."
+            )
+
+
+__all__ = ["LrcSSMConfig"]

@@ -1,0 +1,753 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""PyTorch LrcSSM model: liquid-resistance liquid-capacitance state-space model (arXiv 2505.21717).
+
+Read from top to bottom: the neurons (`LrcSSMNeurons`), the two blocks around them, the model, the heads.
+Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_lrcssm import LrcSSMConfig
+from .recurrence import LrcParameters, lrc_scan, prefix_scan
+
+
+class LrcSSMNeurons(nn.Module):
+    """A layer of D liquid neurons with a diagonal recurrence, driven by an input of `input_size` channels.
+
+    The input passes through the sensory activation and one projection into the currents c, d and, with
+    `elastance_input`, q (paper, equations 7 to 10); `lrc_scan` solves the recurrence.
+    """
+
+    def __init__(self, config: LrcSSMConfig, input_size: int):
+        super().__init__()
+        self.config = config
+        self.gated = config.block_type == "gated"
+        size = config.state_size
+        self.currents = nn.Linear(input_size, size * (3 if config.elastance_input else 2), bias=False)
+        names = ["leak_conductance", "leak_potential", "elastance_bias"]
+        if config.state_dependence == "full":
+            names += ["activation_scale", "activation_shift", "forget_weight", "update_weight", "elastance_weight"]
+        if config.elastance == "symmetric":
+            names += ["elastance_shift"]
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        if config.sensory_activation == "sigmoid":
+            self.sensory_scale = nn.Parameter(torch.empty(input_size))
+            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The authors' initialisation for the paper's block; for the gated block, spread time constants.
+
+        At rest a neuron forgets by eps * sigmoid(0) = eps / 2 per step, so a time constant tau asks for an elastance
+        of 2 / tau. The state's influence on the gates starts small.
+        """
+        config, size = self.config, self.config.state_size
+        if config.sensory_activation == "sigmoid":
+            bound = self.sensory_scale.numel() ** -0.5
+            init.uniform_(self.sensory_scale, -bound, bound)
+            init.uniform_(self.sensory_shift, -bound, bound)
+        if not self.gated:
+            for name, parameter in self.named_parameters(recurse=False):
+                if not name.startswith("sensory"):
+                    init.uniform_(parameter, -(size**-0.5), size**-0.5)
+            init.uniform_(self.currents.weight, -(size**-0.5), size**-0.5)
+            return
+        low, high = math.log(config.time_constant_min), math.log(config.time_constant_max)
+        elastance = 2 / torch.empty(size).uniform_(low, high).exp()
+        init.zeros_(self.leak_conductance)
+        init.ones_(self.leak_potential)
+        if config.elastance == "symmetric":
+            # sigmoid(s) - sigmoid(-s) = tanh(s / 2), and the shift is softplus of the parameter.
+            shift = 2 * torch.atanh(elastance)
+            init.zeros_(self.elastance_bias)
+            init.copy_(self.elastance_shift, shift + torch.log(-torch.expm1(-shift)))
+        else:
+            init.copy_(self.elastance_bias, torch.logit(elastance))
+        if config.state_dependence == "full":
+            init.ones_(self.activation_scale)
+            init.zeros_(self.activation_shift)
+            init.normal_(self.forget_weight, std=0.1)
+            init.normal_(self.update_weight, std=0.1)
+            init.zeros_(self.elastance_weight)
+
+    def forward(
+        self, inputs: Tensor, initial_state: Tensor | None, time_step: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), (B, D), (B, T), (B, T) -> states (B, T, D) and final state (B, D), in float32 at least."""
+        config = self.config
+        if config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        currents = self.currents(inputs).split(config.state_size, dim=-1)
+        forget_input, update_input = currents[:2]
+        elastance_input = currents[2] if config.elastance_input else None
+        shift = getattr(self, "elastance_shift", None)
+        if shift is not None and self.gated:
+            # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
+            shift = F.softplus(shift)
+
+        if config.state_dependence == "input":
+            elastance_drive = self.elastance_bias.float()
+            if elastance_input is not None:
+                elastance_drive = elastance_drive + elastance_input
+            if shift is None:
+                rate = torch.sigmoid(elastance_drive)
+            else:
+                rate = torch.sigmoid(elastance_drive + shift) - torch.sigmoid(elastance_drive - shift)
+            if time_step is not None:
+                rate = rate * time_step.unsqueeze(-1)
+            decay = 1 - rate * torch.sigmoid(self.leak_conductance + forget_input)
+            if reset is not None:
+                decay = decay.masked_fill(reset.unsqueeze(-1), 0)
+            update = rate * self.leak_potential * torch.tanh(self.leak_conductance + update_input)
+            states = prefix_scan(decay.expand_as(update), update, initial_state)
+            return states, states[:, -1]
+
+        parameters = LrcParameters(
+            self.activation_scale,
+            self.activation_shift,
+            self.forget_weight,
+            self.update_weight,
+            self.leak_conductance,
+            self.leak_potential,
+            self.elastance_weight,
+            self.elastance_bias,
+            shift,
+        )
+        return lrc_scan(
+            forget_input,
+            update_input,
+            parameters,
+            elastance_input=elastance_input,
+            initial_state=initial_state,
+            time_step=time_step,
+            reset=reset,
+            solver=config.solver,
+            backend=config.backend,
+        )
+
+
+class LrcSSMSteps:
+    """What happens at each step of a batch beside its values, in the order the recurrences see it.
+
+    The unmasked steps of every row are moved to its front (`pack`) and its outputs back (`unpack`), so that neither the
+    convolution nor the state ever meets a padded step between two real ones, on whichever side the padding is.
+
+    Attributes:
+        time_step: (B, T), 0 where a step is padding, otherwise the elapsed time; None when every step is 1.
+        reset: (B, T) bool, a new document starts here; None when none does.
+        lengths: (B,), the number of unmasked steps; None without a mask.
+    """
+
+    def __init__(self, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None):
+        self.lengths, self.time_step, self.reset = None, time_deltas, reset
+        if mask is None:
+            return
+        self.count = mask.cumsum(1)
+        self.lengths = self.count[:, -1]
+        self.order = torch.argsort(~mask, dim=1, stable=True)
+        packed_mask = mask.gather(1, self.order)
+        elapsed = packed_mask.float() if time_deltas is None else time_deltas.gather(1, self.order)
+        self.time_step = elapsed.masked_fill(~packed_mask, 0)
+        self.reset = None if reset is None else reset.gather(1, self.order) & packed_mask
+
+    def pack(self, inputs: Tensor) -> Tensor:
+        if self.lengths is None:
+            return inputs
+        return inputs.gather(1, self.order.unsqueeze(-1).expand_as(inputs))
+
+    def unpack(self, outputs: Tensor) -> Tensor:
+        """Outputs in the order given by the user. A padded step repeats the output of the last real step before it, as
+        if it had not been taken; before the first real step the output is zero."""
+        if self.lengths is None:
+            return outputs
+        index = (self.count - 1).clamp(min=0).unsqueeze(-1).expand_as(outputs)
+        return outputs.gather(1, index).masked_fill((self.count == 0).unsqueeze(-1), 0)
+
+
+class LrcSSMConvolution(nn.Module):
+    """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
+
+    A document start hides the steps before it. On a CPU this is several times faster than `nn.Conv1d`, which has to
+    move the channels first.
+    """
+
+    def __init__(self, size: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, kernel))
+        self.bias = nn.Parameter(torch.empty(size))
+
+    @torch.no_grad()
+    def init_weights(self):
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.zeros_(self.bias)
+
+    def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
+        batch, length, size = inputs.shape
+        kernel = self.weight.shape[1]
+        past = inputs.new_zeros(batch, kernel - 1, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+        window = torch.cat([past, inputs], dim=1)
+        outputs = inputs * self.weight[:, -1] + self.bias
+        document = None
+        if steps.reset is not None:
+            document = F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
+        for tap in range(kernel - 1):
+            tapped = window[:, tap : tap + length]
+            if document is not None:
+                tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
+            outputs = outputs + tapped * self.weight[:, tap]
+        if steps.lengths is None:
+            past = window[:, length:]
+        else:
+            last = steps.lengths[:, None] + torch.arange(kernel - 1, device=inputs.device)
+            past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+        return outputs, past.transpose(1, 2)
+
+
+def _read_cache(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """The convolution's past and the recurrent state of a layer."""
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None, None
+    layer = cache.layers[layer_idx]
+    conv_state, recurrent_state = layer.conv_states[0], layer.recurrent_states[0]
+    if torch.is_grad_enabled():
+        # The cache overwrites its tensors in place; what the graph holds on to must not change under it.
+        conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
+    return conv_state, recurrent_state
+
+
+def _write_cache(cache: Cache | None, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
+    if cache is not None:
+        # Given as many steps as it keeps, the cache replaces its own; without a convolution these are none.
+        cache.update_conv_state(conv_state, layer_idx)
+        cache.update_recurrent_state(recurrent_state, layer_idx)
+
+
+class LrcSSMMixer(nn.Module):
+    """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
+
+    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
+        self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
+        self.act = ACT2FN[config.hidden_act]
+        self.neurons = LrcSSMNeurons(config, config.state_size)
+        self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        conv_state, recurrent_state = _read_cache(past_key_values, self.layer_idx)
+        branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        branch, conv_state = self.convolution(branch, conv_state, steps)
+        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps.time_step, steps.reset)
+        _write_cache(past_key_values, self.layer_idx, conv_state, recurrent_state)
+        return self.out_proj(states.to(gate.dtype) * self.act(gate))
+
+
+class LrcSSMMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LrcSSMGatedBlock(GradientCheckpointingLayer):
+    """RMSNorm, mixer, residual; RMSNorm, SwiGLU, residual."""
+
+    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = LrcSSMMixer(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = LrcSSMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        hidden_states = hidden_states + self.dropout(
+            self.mixer(self.mixer_norm(hidden_states), steps, past_key_values=past_key_values)
+        )
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class LrcSSMPaperMLP(nn.Sequential):
+    """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier; He-uniform weights and no initial bias."""
+
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int):
+        super().__init__(nn.Linear(input_size, intermediate_size), nn.ReLU(), nn.Linear(intermediate_size, output_size))
+
+
+class LrcSSMPaperBlock(GradientCheckpointingLayer):
+    """The authors' block: norm, neurons, residual and norm again, with the MLP after it (equal widths) or before."""
+
+    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.equal_widths = config.hidden_size == config.state_size
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
+        self.neurons = LrcSSMNeurons(config, config.hidden_size)
+        self.mlp = LrcSSMPaperMLP(config.state_size, config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        _, recurrent_state = _read_cache(past_key_values, self.layer_idx)
+        inputs = self.norm(hidden_states)
+        states, recurrent_state = self.neurons(inputs, recurrent_state, steps.time_step, steps.reset)
+        _write_cache(past_key_values, self.layer_idx, inputs.new_empty(*recurrent_state.shape, 0), recurrent_state)
+        states = states.to(inputs.dtype)
+        if not self.equal_widths:
+            return self.norm(self.dropout(self.mlp(states)) + inputs)
+        hidden_states = self.norm(states + inputs)
+        return self.dropout(self.mlp(hidden_states)) + hidden_states
+
+
+class LrcSSMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what transformers needs to know of the architecture."""
+
+    config: LrcSSMConfig
+    config_class = LrcSSMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LrcSSMGatedBlock", "LrcSSMPaperBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # A recurrent state cannot be rolled back: transformers then refuses assisted generation.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (LrcSSMNeurons, LrcSSMConvolution)):
+            module.init_weights()
+        elif isinstance(module, LrcSSMPaperMLP):
+            for layer in (module[0], module[2]):
+                init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+
+
+class LrcSSMModel(LrcSSMPreTrainedModel):
+    """The bare model: tokens or series in, hidden states out."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__(config)
+        if config.num_channels is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        elif config.block_type == "paper":
+            self.encoder = LrcSSMPaperMLP(config.num_channels, config.hidden_size, config.hidden_size)
+        else:
+            self.encoder = nn.Linear(config.num_channels, config.hidden_size)
+        if config.num_channels is not None:
+            self.main_input_name = "input_values"
+        block = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}[config.block_type]
+        self.layers = nn.ModuleList(block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        # The paper's block ends in the residual stream that its classifier reads.
+        gated = config.block_type == "gated"
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        time_deltas: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for real steps, 0 for padding,
+                which may lie anywhere and leaves no trace. With a cache, the mask may also cover the steps before; only
+                its last `sequence_length` columns are read.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): where it is 0, a new document
+                starts, and nothing before it is remembered. Needed only for several documents in one row.
+            past_key_values (`Cache`): the state to continue from, as returned by an earlier call.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): instead of `input_ids`.
+            input_values (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): a continuous series,
+                for a model with `config.num_channels`.
+            time_deltas (`torch.Tensor` of shape `(batch_size, sequence_length)`): time elapsed at each step, in units of
+                the regular step; 1 by default.
+            use_cache (`bool`): whether to return `past_key_values`.
+            output_hidden_states (`bool`): whether to return the input of every block and the last output.
+
+        Raises:
+            ValueError: an input is missing, has the wrong shape or, on the CPU, a value out of range.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            use_cache = False
+        name, values = self._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
+        batch_size, length = values.shape[:2]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = self._step_mask(attention_mask, batch_size, length, past_key_values)
+        for argument, value in {"position_ids": position_ids, "time_deltas": time_deltas}.items():
+            if value is not None and value.shape not in ((batch_size, length), (1, length)):
+                raise ValueError(f"`{argument}` must have shape {(batch_size, length)}, got {tuple(value.shape)}.")
+        reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
+        time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
+
+        steps = LrcSSMSteps(mask, time_deltas, reset)
+        hidden_states = steps.pack(self._embed(name, values, mask))
+        all_hidden_states = ()
+        for layer in self.layers:
+            if output_hidden_states:
+                all_hidden_states += (steps.unpack(hidden_states),)
+            hidden_states = layer(hidden_states, steps, past_key_values=past_key_values)
+        hidden_states = steps.unpack(self.norm(hidden_states))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+        )
+
+    def _one_input(self, **inputs: Tensor | None) -> tuple[str, Tensor]:
+        """Name and value of the one input that was given, its shape checked."""
+        given = {name: value for name, value in inputs.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"Pass exactly one of {', '.join(inputs)}; got {' and '.join(given) or 'none of them'}.")
+        name, value = next(iter(given.items()))
+        channels = self.config.num_channels
+        if name == "input_ids" and channels is not None:
+            raise ValueError(f"This model reads `input_values` of {channels} channels, not `input_ids`.")
+        if name == "input_values" and channels is None:
+            raise ValueError("This model reads `input_ids`; set `config.num_channels` for a model of series.")
+        width = {"input_ids": (), "inputs_embeds": (self.config.hidden_size,), "input_values": (channels,)}[name]
+        if value.dim() != 2 + len(width) or value.shape[2:] != width or value.numel() == 0:
+            shape = ", ".join(["batch", "steps", *map(str, width)])
+            raise ValueError(f"`{name}` must have shape ({shape}) and not be empty, got {tuple(value.shape)}.")
+        return name, value
+
+    def _step_mask(
+        self, attention_mask: Tensor | None, batch_size: int, length: int, past_key_values: Cache | None
+    ) -> Tensor | None:
+        """The mask of this call's steps as bool (B, T)."""
+        if attention_mask is None:
+            return None
+        shape = tuple(attention_mask.shape)
+        continues = past_key_values is not None and past_key_values.has_previous_state()
+        if len(shape) != 2 or shape[0] != batch_size or (shape[1] != length and not (continues and shape[1] > length)):
+            raise ValueError(f"`attention_mask` must have shape {(batch_size, length)}, got {shape}.")
+        return attention_mask[:, -length:].bool()
+
+    def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, H). Values are checked on the CPU only: elsewhere that would stall the device's queue."""
+        check = values.device.type == "cpu" and not torch.compiler.is_compiling()
+        if name == "inputs_embeds":
+            return values
+        if name == "input_ids":
+            if check and not (0 <= values.min() and values.max() < self.config.vocab_size):
+                raise ValueError(
+                    f"`input_ids` must be in [0, {self.config.vocab_size}), got {values.min()} to {values.max()}; "
+                    "is this the model's tokenizer?"
+                )
+            return self.embed_tokens(values)
+        if mask is not None:
+            values = values.masked_fill(~mask.unsqueeze(-1), 0)
+        if check and not values.isfinite().all():
+            raise ValueError("`input_values` holds NaN or infinite values at unmasked steps; fill or mask them.")
+        return self.encoder(values.to(next(self.encoder.parameters()).dtype))
+
+
+class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
+    """The model with a language modelling head, and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LrcSSMConfig):
+        if config.num_channels is not None:
+            raise ValueError("`num_channels` is set: a language model reads tokens; use LrcSSMForSequenceModeling.")
+        super().__init__(config)
+        self.model = LrcSSMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids to predict, shifted inside,
+                so that `labels=input_ids` is right; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many steps (0: all), or of the
+                steps with these indices.
+
+        For the other arguments see [`LrcSSMModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # `generate` asks the cache for its length, to cut known tokens off the prompt. A recurrent state has no length:
+        # with a cache, the prompt is the new tokens. So the cache takes another way to `prepare_inputs_for_generation`.
+        model_kwargs = dict(model_kwargs)
+        model_kwargs["recurrent_cache"] = model_kwargs.pop("past_key_values", None)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        recurrent_cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        # Generated tokens are never padding, and without a mask they need no packing.
+        if use_cache and not is_first_iteration:
+            attention_mask = None
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        # Positions that `generate` counts out say nothing here: only a restart at 0 has a meaning to this model.
+        model_inputs.pop("position_ids", None)
+        model_inputs["past_key_values"] = recurrent_cache if past_key_values is None else past_key_values
+        return model_inputs
+
+
+class LrcSSMForSequenceClassification(LrcSSMPreTrainedModel):
+    """The model with one label (or value) for a whole sequence of tokens or of channels."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__(config)
+        self.model = LrcSSMModel(config)
+        self.score = _make_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        time_deltas: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`): classes, or values for
+                regression and several labels, as `config.problem_type` says.
+
+        The logits of the unmasked steps are pooled as `config.pooling` says. For the other arguments see
+        [`LrcSSMModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            time_deltas=time_deltas,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden_states = outputs.last_hidden_state
+        if self.config.pooling == "last":
+            # A padded step repeats the last real one.
+            logits = self.score(hidden_states[:, -1])
+        elif attention_mask is None:
+            logits = self.score(hidden_states).mean(1)
+        else:
+            weight = attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
+            logits = (self.score(hidden_states) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class LrcSSMForSequenceModeling(LrcSSMPreTrainedModel):
+    """The model with a value or a class for every step: tagging, filtering, forecasting.
+
+    `config.problem_type` is `"regression"` (mean squared error) or `"single_label_classification"` (cross-entropy); left
+    out, it follows from the labels' dtype.
+    """
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__(config)
+        self.model = LrcSSMModel(config)
+        self.score = _make_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        time_deltas: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.Tensor`): values of shape `(batch_size, sequence_length, num_labels)`, or classes of shape
+                `(batch_size, sequence_length)` in which -100 is ignored, as are masked steps. Nothing is shifted: to
+                forecast, let the labels be the next values.
+
+        For the other arguments see [`LrcSSMModel.forward`]. `logits` are `(batch_size, sequence_length, num_labels)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            time_deltas=time_deltas,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            mask = None if attention_mask is None else attention_mask[:, -logits.shape[1] :].bool()
+            loss = self._loss(logits, labels, mask)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            problem = "regression" if labels.is_floating_point() else "single_label_classification"
+        expected = logits.shape if problem == "regression" else logits.shape[:2]
+        if problem == "multi_label_classification" or labels.shape != expected:
+            raise ValueError(
+                f"`labels` of shape {tuple(labels.shape)} do not fit the problem type {problem!r}: "
+                f"expected shape {tuple(expected)} and `regression` or `single_label_classification`."
+            )
+        if problem == "regression":
+            if mask is not None:
+                logits, labels = logits[mask], labels[mask]
+            return F.mse_loss(logits.float(), labels.float())
+        if mask is not None:
+            labels = labels.masked_fill(~mask, -100)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def forecast(self, past_values: Tensor, horizon: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Continue a series by feeding each predicted value back in, for a model trained to predict the next one.
+
+        Args:
+            past_values: (B, T, num_channels).
+            horizon: number of steps to predict.
+            attention_mask: (B, T), 0 for padding.
+
+        Returns:
+            (B, horizon, num_channels).
+        """
+        if self.config.num_labels != self.config.num_channels:
+            raise ValueError(
+                "`forecast` feeds predictions back in: `num_labels` must equal `num_channels`, got "
+                f"{self.config.num_labels} and {self.config.num_channels}."
+            )
+        if horizon < 1:
+            raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
+        outputs = self(input_values=past_values, attention_mask=attention_mask, use_cache=True)
+        values = [outputs.logits[:, -1:]]
+        while len(values) < horizon:
+            outputs = self(input_values=values[-1], past_key_values=outputs.past_key_values, use_cache=True)
+            values.append(outputs.logits)
+        return torch.cat(values, dim=1)
+
+
+def _make_head(config: LrcSSMConfig) -> nn.Module:
+    if config.block_type == "paper":
+        return LrcSSMPaperMLP(config.hidden_size, config.hidden_size, config.num_labels)
+    return nn.Linear(config.hidden_size, config.num_labels)
+
+
+__all__ = [
+    "LrcSSMForCausalLM",
+    "LrcSSMForSequenceClassification",
+    "LrcSSMForSequenceModeling",
+    "LrcSSMModel",
+    "LrcSSMPreTrainedModel",
+]
