@@ -1,0 +1,66 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Held-out loss of a saved language model: `python training/evaluate.py --model_name_or_path FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lrcssm_hf  # noqa: F401  registers the model
+from text_data import load_text, make_blocks
+
+
+@torch.no_grad()
+def nats_per_token(model, blocks: DataLoader, accelerator: Accelerator, progress: bool = False) -> float:
+    """Mean negative log-likelihood of the tokens of all blocks but each block's first."""
+    training = model.training
+    model.eval()
+    losses = []
+    for batch in tqdm(blocks, desc="Evaluating", disable=not (progress and accelerator.is_main_process), leave=False):
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+        losses.append(accelerator.gather_for_metrics(loss))
+    model.train(training)
+    return torch.cat(losses).double().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a causal language model.")
+    parser.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library.")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--train_file", help="Text, JSON, CSV or Parquet; the share held out of it is evaluated.")
+    parser.add_argument("--validation_file", help="Held-out text; needs --train_file.")
+    parser.add_argument("--validation_split_percentage", type=float, default=5)
+    parser.add_argument("--block_size", type=int, default=512)
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=16)
+    args = parser.parse_args()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        data = load_text(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_file,
+            args.validation_file,
+            args.validation_split_percentage,
+        )
+        blocks, tokens_per_byte = make_blocks(data, tokenizer, args.block_size)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    accelerator = Accelerator()
+    loader = DataLoader(blocks["validation"], batch_size=args.per_device_eval_batch_size)
+    loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, progress=True)
+    accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * tokens_per_byte}))
+
+
+if __name__ == "__main__":
+    main()
