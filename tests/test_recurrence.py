@@ -1,0 +1,431 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Every solver and backend against the definition in float64: states and all gradients."""
+
+import functools
+
+import pytest
+import torch
+from problems import cast, definition, leaves, outputs_and_gradients, random_problem, relative_error
+
+from lrcssm_hf import LrcParameters, lrc_scan, lrc_step, prefix_scan, recurrence
+
+
+SOLVERS = ["sequential", "newton", "chunked"]
+SHAPES = [(1, 1, 1), (2, 1, 3), (3, 5, 1), (2, 33, 7), (1, 100, 5), (2, 131, 3)]
+
+
+def numba_missing():
+    return recurrence._numba_kernels() is None
+
+
+needs_numba = pytest.mark.skipif(numba_missing(), reason="numba is not installed")
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solver_equals_definition(solver, shape, symmetric, full, scale):
+    problem = random_problem(*shape, symmetric=symmetric, full=full, scale=scale)
+    cotangent = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    states, gradients = outputs_and_gradients(functools.partial(lrc_scan, solver=solver), problem, cotangent)
+    expected, expected_gradients = outputs_and_gradients(definition, problem, cotangent)
+    assert relative_error(states, expected) < 1e-10
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected_gradient) < 1e-9
+
+
+@needs_numba
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 70, 300), (1, 40, 513)], ids=str)
+def test_cpu_kernel_equals_definition(shape, symmetric, full, scale):
+    problem = random_problem(*shape, symmetric=symmetric, full=full, scale=scale)
+    cotangent = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kernel = functools.partial(lrc_scan, backend="cpu")
+    states, gradients = outputs_and_gradients(kernel, cast(problem, torch.float32), cotangent)
+    expected, expected_gradients = outputs_and_gradients(definition, problem, cotangent)
+    # The symmetric elastance of unit weights can be negative, and the state then grows and amplifies rounding.
+    tolerance = 2e-3 if symmetric else 2e-5
+    assert relative_error(states, expected) < tolerance
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected_gradient) < tolerance
+
+
+@needs_numba
+def test_cpu_kernel_with_extreme_weights_and_inputs():
+    """One step at a time, so that chaos does not hide the kernel's own error."""
+    for scale in (4.0, 10.0, 100.0):
+        problem = random_problem(64, 2, 33, full=True, symmetric=True, scale=scale)
+        states, _ = lrc_scan(*cast(problem, torch.float32)[:3], **cast(problem, torch.float32)[3], backend="cpu")
+        forget_input, update_input, parameters, options = problem
+        previous = torch.where(options["reset"][:, 1, None], 0, states[:, 0].double())
+        expected = lrc_step(
+            previous,
+            forget_input[:, 1],
+            update_input[:, 1],
+            parameters,
+            elastance_input=options["elastance_input"][:, 1],
+            time_step=options["time_step"][:, 1, None],
+        )
+        # The arguments of the sigmoids are rounded at the size of weights times states.
+        rounding = torch.finfo(torch.float32).eps * scale * (1 + previous.abs()) ** 2
+        assert ((states[:, 1] - expected).abs() < 8 * rounding).all()
+
+
+@needs_numba
+def test_cpu_kernel_reads_strided_and_bfloat16_inputs():
+    torch.manual_seed(0)
+    wide = torch.randn(3, 40, 3 * 20)
+    parts = wide.split(20, -1)
+    parameters = LrcParameters(*torch.randn(8, 20))
+    expected, _ = lrc_scan(parts[0].contiguous(), parts[1].contiguous(), parameters, backend="cpu")
+    assert torch.equal(lrc_scan(parts[0], parts[1], parameters, backend="cpu")[0], expected)
+    transposed = parts[0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(lrc_scan(transposed, parts[1], parameters, backend="cpu")[0], expected)
+    half = [part.bfloat16() for part in parts]
+    expected, _ = lrc_scan(half[0].float(), half[1].float(), parameters, backend="cpu")
+    assert torch.equal(lrc_scan(half[0], half[1], parameters, backend="cpu")[0], expected)
+
+
+@needs_numba
+def test_cpu_kernel_does_not_hide_nan():
+    problem = random_problem(2, 10, 5)
+    forget_input, update_input, parameters, _ = cast(problem, torch.float32)
+    forget_input = forget_input.detach().clone()
+    forget_input[0, 3, 2] = float("nan")
+    states, _ = lrc_scan(forget_input, update_input, parameters, backend="cpu")
+    assert states[0, 3:, 2].isnan().all()
+    assert states.isfinite().sum() == states.numel() - 7
+
+
+@needs_numba
+def test_threads_do_not_change_the_result():
+    problem = cast(random_problem(4, 100, 100, full=True), torch.float32)
+    cotangent = torch.ones(4, 100, 100)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(functools.partial(lrc_scan, backend="cpu"), problem, cotangent))
+    finally:
+        torch.set_num_threads(threads)
+    for states, gradients in results[1:]:
+        assert torch.equal(states, results[0][0])
+        for name, gradient, expected in zip(range(99), gradients, results[0][1]):
+            # Only the time step's gradient sums over channels, in as many parts as there are blocks.
+            assert relative_error(gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_solved_in_float32(dtype, backend):
+    problem = random_problem(2, 50, 6, full=True)
+    rounded = cast(cast(problem, dtype), torch.float32)
+    forget_input, update_input, parameters, options = cast(rounded, dtype)
+    states, final_state = lrc_scan(forget_input, update_input, parameters, **options, backend=backend)
+    assert states.dtype == final_state.dtype == torch.float32
+    expected, _ = lrc_scan(*rounded[:3], **rounded[3], backend="torch")
+    assert torch.allclose(states, expected, atol=1e-5)
+    tensors = leaves(forget_input, update_input, parameters, options)
+    for tensor, gradient in zip(tensors, torch.autograd.grad(states.sum(), tensors)):
+        assert gradient.dtype == dtype and gradient.shape == tensor.shape
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_time_step_leaves_the_state_bit_for_bit(solver, dtype):
+    forget_input, update_input, parameters, options = cast(random_problem(2, 90, 5, full=True, scale=2), dtype)
+    time_step = options["time_step"].detach().clone()
+    time_step[:, 20:70] = 0
+    options |= {"time_step": time_step, "reset": None}
+    states, final_state = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
+    assert torch.equal(states[:, 20:70], states[:, 19:20].expand(-1, 50, -1))
+    assert torch.equal(final_state, states[:, -1])
+    # What a step of no time would have read does not matter, not even if it is not a number.
+    forget_input = forget_input.detach().clone()
+    forget_input[:, 20:70] = float("nan")
+    again, _ = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
+    assert torch.allclose(again, states, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_reset_starts_a_new_document(solver):
+    forget_input, update_input, parameters, _ = random_problem(2, 80, 5)
+    reset = torch.zeros(2, 80, dtype=torch.bool)
+    reset[:, 31] = True
+    states, _ = lrc_scan(forget_input, update_input, parameters, reset=reset, solver=solver)
+    first, _ = lrc_scan(forget_input[:, :31], update_input[:, :31], parameters, solver="sequential")
+    second, _ = lrc_scan(forget_input[:, 31:], update_input[:, 31:], parameters, solver="sequential")
+    assert torch.allclose(states, torch.cat([first, second], 1), atol=1e-12)
+    gradient = torch.autograd.grad(states[:, 31:].sum(), forget_input)[0]
+    assert (gradient[:, :31] == 0).all() and (gradient[:, 31:] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
+def test_a_sequence_in_pieces_equals_the_whole(backend):
+    forget_input, update_input, parameters, _ = cast(random_problem(2, 60, 5), torch.float32)
+    whole, final_state = lrc_scan(forget_input, update_input, parameters, backend=backend, solver="auto")
+    state, pieces = None, []
+    for first, last in ((0, 0), (0, 1), (1, 2), (2, 37), (37, 60)):
+        piece = slice(first, last)
+        states, state = lrc_scan(
+            forget_input[:, piece], update_input[:, piece], parameters, initial_state=state, backend=backend
+        )
+        pieces.append(states)
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-6)
+    assert torch.allclose(state, final_state, atol=1e-6)
+    with torch.no_grad():
+        step, _ = lrc_scan(forget_input[:, :1], update_input[:, :1], parameters, backend=backend)
+    assert torch.allclose(step, whole[:, :1], atol=1e-6)
+
+
+def test_newton_overflows_and_the_answer_is_still_right():
+    """With weights of order 3 and more the linearisation runs off to infinity; the returned states do not."""
+    fallbacks = 0
+    for seed in range(10):
+        forget_input, update_input, parameters, _ = random_problem(2, 400, 16, symmetric=True, scale=6, seed=seed)
+        states, _, info = lrc_scan(forget_input, update_input, parameters, solver="newton", return_info=True)
+        expected, _ = lrc_scan(forget_input, update_input, parameters, solver="sequential")
+        assert states.isfinite().all()
+        if info.fell_back:
+            fallbacks += 1
+            assert info.residual > 16 * torch.finfo(torch.float64).eps
+            assert torch.equal(states, expected)
+    assert fallbacks > 0, "the problems were too easy for this test"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["newton", "chunked"])
+def test_adversarial_search_finds_no_unconverged_answer(solver, dtype):
+    """Random neurons with weights of order up to 10: the returned states obey the recurrence to rounding.
+
+    A channel is one draw. What rounding amounts to is what the definition itself leaves when it is evaluated on its own
+    states again, plus the solver's tolerance.
+    """
+    draws, worst = 0, 0.0
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(24):
+        scale = 10 ** torch.empty(1).uniform_(-1, 1, generator=generator).item()
+        steps = int(torch.randint(2, 200, (1,), generator=generator))
+        problem = random_problem(
+            1, steps, 128, symmetric=bool(trial % 2), full=bool(trial // 2 % 2), scale=scale, seed=trial
+        )
+        forget_input, update_input, parameters, options = cast(problem, dtype)
+        with torch.no_grad():
+            states, _ = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
+            initial_state = options.get("initial_state", states.new_zeros(1, 128))
+            previous = torch.cat([initial_state[:, None], states[:, :-1]], 1)
+            if options:
+                previous = torch.where(options["reset"][..., None], 0, previous)
+            target = lrc_step(
+                previous,
+                forget_input,
+                update_input,
+                parameters,
+                elastance_input=options.get("elastance_input"),
+                time_step=options["time_step"][..., None] if options else None,
+            )
+        assert states.isfinite().all()
+        violation = (states - target).abs() / states.abs().clamp(min=1)
+        worst = max(worst, violation.max().item() / torch.finfo(dtype).eps)
+        draws += 128
+    assert draws >= 3000
+    assert worst <= 32, f"{solver} left {worst:.0f} units of rounding"
+
+
+def test_info_and_explicit_tolerance():
+    forget_input, update_input, parameters, _ = random_problem(2, 200, 8, scale=0.3)
+    for solver in ("newton", "chunked"):
+        *_, loose = lrc_scan(
+            forget_input, update_input, parameters, solver=solver, tolerance=1e-2, return_info=True
+        )
+        *_, strict = lrc_scan(forget_input, update_input, parameters, solver=solver, return_info=True)
+        assert loose.solver == strict.solver == solver and not strict.fell_back
+        assert 0 < loose.iterations < strict.iterations
+        assert strict.residual <= 16 * torch.finfo(torch.float64).eps < loose.residual <= 1e-2
+    *_, info = lrc_scan(forget_input, update_input, parameters, backend="torch", return_info=True)
+    assert info.solver == "chunked"
+
+
+def test_complex_states_equal_the_definition():
+    torch.manual_seed(0)
+    normal = functools.partial(torch.randn, dtype=torch.complex128)
+    parameters = LrcParameters(*[normal(4).mul(0.5).requires_grad_() for _ in range(4)], *[
+        torch.randn(4, dtype=torch.float64).mul(0.5).requires_grad_() for _ in range(4)
+    ])  # fmt: skip
+    problem = (
+        torch.randn(2, 40, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 40, 4, dtype=torch.float64, requires_grad=True),
+        parameters,
+        {"time_step": torch.rand(2, 40, dtype=torch.float64, requires_grad=True)},
+    )
+
+    def loss(scan, **options):
+        result = scan(*problem[:3], **problem[3], **options)
+        states = result[0] if isinstance(result, tuple) else result
+        return states, torch.autograd.grad((states * (1 + 2j)).real.sum() + states.abs().square().sum(), leaves(*problem))
+
+    expected, expected_gradients = loss(definition)
+    for solver in SOLVERS:
+        states, gradients = loss(lrc_scan, solver=solver)
+        assert states.is_complex()
+        assert torch.allclose(states, expected, atol=1e-12)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert gradient.dtype == expected_gradient.dtype
+            assert torch.allclose(gradient, expected_gradient, atol=1e-10)
+
+
+def test_backward_keeps_inputs_and_states_only():
+    forget_input, update_input, parameters, _ = random_problem(2, 64, 32)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.numel() == forget_input.numel():
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states, _ = lrc_scan(forget_input, update_input, parameters, solver="chunked")
+    assert kept.keys() == {forget_input.data_ptr(), update_input.data_ptr(), states.data_ptr()}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
+def test_operators_are_what_compilers_expect(backend):
+    """Schemas, fake tensors and autograd registration, as `torch.compile` relies on them."""
+    forget_input, update_input, parameters, options = cast(random_problem(2, 40, 5, full=True), torch.float32)
+    weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
+    arguments = (
+        forget_input,
+        update_input,
+        options["elastance_input"],
+        options["time_step"],
+        options["reset"],
+        options["initial_state"],
+        weights,
+        "auto",
+        backend,
+        1e-6,
+    )
+    torch.library.opcheck(recurrence._lrc_scan_op, arguments)
+    scan_arguments = (torch.rand(2, 40, 5, requires_grad=True), forget_input, options["initial_state"], True)
+    torch.library.opcheck(recurrence._prefix_scan_op, scan_arguments)
+
+
+# --- prefix_scan ----------------------------------------------------------------------------------------------------
+
+
+def scan_definition(decay, inputs, initial_state=None, reverse=False):
+    state = torch.zeros_like(inputs[:, 0]) if initial_state is None else initial_state
+    states = [None] * inputs.shape[1]
+    for t in reversed(range(inputs.shape[1])) if reverse else range(inputs.shape[1]):
+        state = decay[:, t] * state + inputs[:, t]
+        states[t] = state
+    return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefix_scan(shape, reverse, dtype):
+    torch.manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    decay, inputs = torch.randn(shape, dtype=wide, requires_grad=True), torch.randn(shape, dtype=wide, requires_grad=True)
+    initial_state = torch.randn(shape[0], shape[2], dtype=wide, requires_grad=True)
+    arguments = (decay, inputs, initial_state)
+    expected = scan_definition(*arguments, reverse)
+    cotangent = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, arguments, cotangent)
+    states = prefix_scan(*[argument.to(dtype) for argument in arguments], reverse=reverse)
+    assert states.dtype == dtype
+    gradients = torch.autograd.grad(states, arguments, cotangent.to(dtype))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    assert relative_error(states, expected) < tolerance
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert relative_error(gradient, expected_gradient) < tolerance
+
+
+def test_prefix_scan_second_derivatives():
+    torch.manual_seed(0)
+    arguments = [torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    initial_state = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for reverse in (False, True):
+        function = functools.partial(prefix_scan, reverse=reverse)
+        assert torch.autograd.gradcheck(function, (*arguments, initial_state))
+        assert torch.autograd.gradgradcheck(function, (*arguments, initial_state))
+
+
+def test_prefix_scan_stays_finite_where_products_overflow():
+    """Factors of 1e30 whose products are infinite, on states that are zero until the end."""
+    decay = torch.full((1, 100, 2), 1e30, dtype=torch.float64)
+    inputs = torch.zeros(1, 100, 2, dtype=torch.float64)
+    inputs[:, 95] = 1e-200
+    assert torch.equal(prefix_scan(decay, inputs), scan_definition(decay, inputs))
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forget_input": torch.zeros(4, 3)}, "forget_input"),
+        ({"update_input": torch.zeros(2, 4, 4)}, "update_input"),
+        ({"elastance_input": torch.zeros(2, 3, 3)}, "elastance_input"),
+        ({"initial_state": torch.zeros(3)}, "initial_state"),
+        ({"time_step": torch.zeros(2, 4, 1)}, "time_step"),
+        ({"reset": torch.zeros(2, 4)}, "reset.*bool"),
+        ({"reset": torch.zeros(4, 2, dtype=torch.bool)}, "reset"),
+        ({"parameters": LrcParameters(*torch.zeros(8, 4))}, "parameters.activation_scale"),
+        ({"solver": "exact"}, "solver.*newton"),
+        ({"backend": "gpu"}, "backend.*cpu"),
+        ({"backend": "cpu", "solver": "newton"}, "cpu.*sequential"),
+        ({"tolerance": 0.0}, "tolerance"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {
+        "forget_input": torch.zeros(2, 4, 3),
+        "update_input": torch.zeros(2, 4, 3),
+        "parameters": LrcParameters(*torch.zeros(8, 3)),
+    }
+    with pytest.raises(ValueError, match=message):
+        lrc_scan(**{**arguments, **change})
+
+
+def test_cpu_backend_refuses_float64():
+    forget_input, update_input, parameters, _ = random_problem(2, 4, 3)
+    with pytest.raises(ValueError, match="float32.*float64"):
+        lrc_scan(forget_input, update_input, parameters, backend="cpu")
+
+
+def test_without_numba_the_torch_path_runs_and_says_so_once(monkeypatch, caplog):
+    import builtins
+
+    real_import = builtins.__import__
+
+    def no_numba(name, *arguments, **options):
+        if name.split(".")[0] in ("numba", "llvmlite") or (options or len(arguments) > 2) and "recurrence_cpu" in (arguments[2] or ()):
+            raise ImportError("No module named 'numba'", name="numba")
+        return real_import(name, *arguments, **options)
+
+    recurrence._numba_kernels.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", no_numba)
+    try:
+        forget_input, update_input, parameters, _ = cast(random_problem(2, 40, 3), torch.float32)
+        with caplog.at_level("WARNING"):
+            for _ in range(3):
+                *_, info = lrc_scan(forget_input, update_input, parameters, return_info=True)
+        assert info.solver == "chunked"
+        assert [record.message for record in caplog.records if "numba" in record.message] == [
+            "numba is not installed: the recurrence runs in plain PyTorch on the CPU. `pip install numba`."
+        ]
+        with pytest.raises(ValueError, match="numba is not installed"):
+            lrc_scan(forget_input, update_input, parameters, backend="cpu")
+    finally:
+        monkeypatch.undo()
+        recurrence._numba_kernels.cache_clear()
