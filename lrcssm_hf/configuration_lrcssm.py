@@ -19,8 +19,8 @@ _CHOICES = {
 @strict
 class LrcSSMConfig(PreTrainedConfig):
     r"""
-    The configuration of an LrcSSM model (arXiv 2505.21717). The defaults give a language model of 0.1 billion parameters
-    with the gated block.
+    The configuration of an LrcSSM model (arXiv 2505.21717). The defaults give a language model of 0.1 billion
+    parameters with the gated block.
 
     Args:
         vocab_size (`int`, defaults to 32000): number of token ids; unused when `num_channels` is set.
@@ -30,8 +30,8 @@ class LrcSSMConfig(PreTrainedConfig):
         state_size (`int`, *optional*, defaults to `hidden_size`): number of neurons D per layer, which is also the
             number of values of recurrent state a layer keeps while generating.
         num_hidden_layers (`int`, defaults to 12): number of blocks.
-        intermediate_size (`int`, *optional*): width of the MLP; by default 8/3 of `hidden_size` rounded up to a multiple
-            of 64 for the gated block (SwiGLU), `hidden_size` for the paper's.
+        intermediate_size (`int`, *optional*): width of the MLP; by default 8/3 of `hidden_size` rounded up to a
+            multiple of 64 for the gated block (SwiGLU), `hidden_size` for the paper's.
         block_type (`"gated"` or `"paper"`, defaults to `"gated"`): `"gated"` is RMSNorm, short convolution, gated
             recurrence and SwiGLU; `"paper"` is the block of the authors' code, numerically equal to it.
         sensory_activation (`"none"` or `"sigmoid"`, *optional*): what is applied to the input before it drives the
@@ -53,8 +53,8 @@ class LrcSSMConfig(PreTrainedConfig):
             steps' logits into one.
         solver (`str`, defaults to `"auto"`): see [`lrc_scan`]; all solvers give the same result.
         backend (`str`, defaults to `"auto"`): see [`lrc_scan`].
-        layer_types (`list[str]`, *optional*): `"linear_attention"` for every layer, transformers' name for a layer with a
-            recurrent state; read by its caches.
+        layer_types (`list[str]`, *optional*): `"linear_attention"` for every layer, transformers' name for a layer
+            with a recurrent state; read by its caches.
         use_cache (`bool`, defaults to `True`): whether to return the recurrent state.
         tie_word_embeddings (`bool`, defaults to `True`): whether the output layer is the input embedding.
 

@@ -90,7 +90,7 @@ class LrcSSMNeurons(nn.Module):
     def forward(
         self, inputs: Tensor, initial_state: Tensor | None, time_step: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D), (B, T), (B, T) -> states (B, T, D) and final state (B, D), in float32 at least."""
+        """(B, T, input_size), (B, D), (B, T), (B, T) -> states (B, T, D) and final state (B, D), float32 at least."""
         config = self.config
         if config.sensory_activation == "sigmoid":
             inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
@@ -298,7 +298,11 @@ class LrcSSMPaperMLP(nn.Sequential):
     """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier; He-uniform weights and no initial bias."""
 
     def __init__(self, input_size: int, intermediate_size: int, output_size: int):
-        super().__init__(nn.Linear(input_size, intermediate_size), nn.ReLU(), nn.Linear(intermediate_size, output_size))
+        super().__init__(
+            nn.Linear(input_size, intermediate_size),
+            nn.ReLU(),
+            nn.Linear(intermediate_size, output_size),
+        )
 
 
 class LrcSSMPaperBlock(GradientCheckpointingLayer):
@@ -391,11 +395,11 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): where it is 0, a new document
                 starts, and nothing before it is remembered. Needed only for several documents in one row.
             past_key_values (`Cache`): the state to continue from, as returned by an earlier call.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): instead of `input_ids`.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): in place of ids.
             input_values (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): a continuous series,
                 for a model with `config.num_channels`.
-            time_deltas (`torch.Tensor` of shape `(batch_size, sequence_length)`): time elapsed at each step, in units of
-                the regular step; 1 by default.
+            time_deltas (`torch.Tensor` of shape `(batch_size, sequence_length)`): time elapsed at each step, in units
+                of the regular step; 1 by default.
             use_cache (`bool`): whether to return `past_key_values`.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
@@ -468,7 +472,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if name == "inputs_embeds":
             return values
         if name == "input_ids":
-            if check and not (0 <= values.min() and values.max() < self.config.vocab_size):
+            if check and not (values.min() >= 0 and values.max() < self.config.vocab_size):
                 raise ValueError(
                     f"`input_ids` must be in [0, {self.config.vocab_size}), got {values.min()} to {values.max()}; "
                     "is this the model's tokenizer?"
@@ -637,8 +641,8 @@ class LrcSSMForSequenceClassification(LrcSSMPreTrainedModel):
 class LrcSSMForSequenceModeling(LrcSSMPreTrainedModel):
     """The model with a value or a class for every step: tagging, filtering, forecasting.
 
-    `config.problem_type` is `"regression"` (mean squared error) or `"single_label_classification"` (cross-entropy); left
-    out, it follows from the labels' dtype.
+    `config.problem_type` is `"regression"` (mean squared error) or `"single_label_classification"` (cross-entropy);
+    left out, it follows from the labels' dtype.
     """
 
     def __init__(self, config: LrcSSMConfig):

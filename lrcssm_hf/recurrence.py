@@ -6,9 +6,9 @@ implement the same two operators faster and are tested against this one.
 
     x_t = x_{t-1} + dt_t * eps(x_{t-1}) * v(x_{t-1})            arXiv 2505.21717, section 3
 
-Notation, as in the paper: `f` is the forget conductance, `z` the update drive, `eps` the elastance (inverse capacitance),
-`v` the membrane velocity. Every product is elementwise, so the Jacobian dx_t/dx_{t-1} is diagonal and a sequence is
-solved by prefix scans. Shapes: B batch, T steps, D state.
+Notation, as in the paper: `f` is the forget conductance, `z` the update drive, `eps` the elastance (the inverse of a
+capacitance), `v` the membrane velocity. Every product is elementwise, so the Jacobian dx_t/dx_{t-1} is diagonal and a
+sequence is solved by prefix scans. Shapes: B batch, T steps, D state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -163,9 +164,7 @@ class _Problem(NamedTuple):
         """The states before the step with resets applied, and the cell there."""
         if self.reset is not None:
             previous = torch.where(self.reset, 0, previous)
-        return previous, _cell(
-            previous, self.forget_input, self.update_input, self.elastance_input, self.parameters
-        )
+        return previous, _cell(previous, self.forget_input, self.update_input, self.elastance_input, self.parameters)
 
     def advance(self, previous: Tensor) -> Tensor:
         """F(x_{t-1})."""
@@ -246,14 +245,13 @@ def _solve_chunked(problem: _Problem, initial_state: Tensor, tolerance: float) -
             trajectory.append(state)
         ends = state[:, :-1]
         # The recurrence holds inside the chunks by construction; what is left to check is the step into each chunk.
-        residual = _relative_error(
-            trajectory[0][:, 1:], steps[0].map(lambda x: x[:, 1:]).advance(ends)
-        )
+        residual = _relative_error(trajectory[0][:, 1:], steps[0].map(lambda x: x[:, 1:]).advance(ends))
         if residual <= tolerance or sweep == count:
             break
         mismatch = torch.where(ends.isfinite(), ends - starts[:, 1:], 0)
         product = torch.where(product.isfinite(), product, 0)[:, :-1]
-        corrections = _shift(_loop(product, mismatch, torch.zeros_like(initial_state)), torch.zeros_like(initial_state))
+        zeros = torch.zeros_like(initial_state)
+        corrections = _shift(_loop(product, mismatch, zeros), zeros)
         corrected = ends + product * corrections
         starts = torch.cat([starts[:, :1], torch.where(corrected.isfinite(), corrected, 0)], dim=1)
     states = torch.stack(trajectory, dim=2).flatten(1, 2)[:, :length]
@@ -287,7 +285,7 @@ def _loop(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
 
 
 def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
-    """The same in O(sqrt(T)) vectorised steps: all chunks at once, a loop over chunks for the carries, all chunks again."""
+    """The same in O(sqrt(T)) vectorised steps: all chunks at once, then their carries, then all chunks again."""
     length = inputs.shape[1]
     if length <= _SHORT_SEQUENCE:
         return _loop(decay, inputs, initial_state)
@@ -326,7 +324,7 @@ def _prefix_scan_setup(ctx, inputs, output):
 
 
 def _prefix_scan_backward(ctx, grad_states):
-    """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1} (Blelloch 1990, ch. 1)."""
+    """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1}."""
     decay, initial_state, states = ctx.saved_tensors
     decay = decay.conj() if decay.is_complex() else decay
     zeros = torch.zeros_like(initial_state)
@@ -416,7 +414,7 @@ def _lrc_scan_op(
 
 
 @_lrc_scan_op.register_fake
-def _(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, backend, tolerance):
+def _(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, *options):
     states = forget_input.new_empty(forget_input.shape, dtype=weights.dtype)
     return states, torch.empty_like(initial_state), torch.empty(4, dtype=torch.float64)
 
@@ -489,7 +487,7 @@ def _lrc_scan_backward_op(
 
 
 @_lrc_scan_backward_op.register_fake
-def _(grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, backend):
+def _(grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, _):
     arguments = (forget_input, update_input, elastance_input, time_step, initial_state, weights)
     return tuple(grad_states.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments)
 
@@ -593,7 +591,9 @@ def lrc_scan(
         backend = "cpu" if solver in ("auto", "sequential") and _cpu_kernels(initial_state) else "torch"
     elif backend == "cpu":
         if solver not in ("auto", "sequential"):
-            raise ValueError(f"backend 'cpu' solves sequentially; use solver 'auto' or backend 'torch', got {solver!r}.")
+            raise ValueError(
+                f"backend 'cpu' solves sequentially: use solver 'auto', or backend 'torch' for {solver!r}."
+            )
         if not _cpu_kernels(initial_state):
             raise ValueError(
                 f"backend 'cpu' needs numba and float32 tensors on the CPU, got {dtype} on {weights.device}"
@@ -601,7 +601,8 @@ def lrc_scan(
             )
 
     if length == 0:
-        states, final_state, info = weights.new_empty(batch, 0, size), initial_state, LrcScanInfo(solver, 0, 0.0, False)
+        states, final_state = weights.new_empty(batch, 0, size), initial_state
+        info = LrcScanInfo(solver, 0, 0.0, False)
     elif length == 1 and not return_info and not torch.is_grad_enabled():
         # Decoding: one plain step, which compilers can fuse with its neighbours.
         final_state = _problem(*operands, weights).at(0).advance(initial_state)
@@ -632,19 +633,27 @@ def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+class _Kernels(NamedTuple):
+    """A backend's implementation of the operators above."""
+
+    lrc_scan: Callable
+    lrc_scan_backward: Callable
+    prefix_scan: Callable
+
+
 @functools.cache
-def _numba_kernels():
+def _numba_kernels() -> _Kernels | None:
     """The compiled kernels, or None where numba is missing; says so once."""
     try:
-        from . import recurrence_cpu
+        from .recurrence_cpu import lrc_scan_backward_cpu, lrc_scan_cpu, prefix_scan_cpu
     except ImportError as error:
-        if error.name not in ("numba", "llvmlite"):
+        if error.name != "numba":
             raise
         logger.warning("numba is not installed: the recurrence runs in plain PyTorch on the CPU. `pip install numba`.")
         return None
-    return recurrence_cpu
+    return _Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu)
 
 
-def _cpu_kernels(tensor: Tensor):
+def _cpu_kernels(tensor: Tensor) -> _Kernels | None:
     """The kernels that serve tensors like this one, or None."""
     return _numba_kernels() if tensor.device.type == "cpu" and tensor.dtype == torch.float32 else None

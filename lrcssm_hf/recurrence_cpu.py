@@ -17,11 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from .recurrence import LrcParameters
+
+
+try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
+    from numba import njit, types
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError("The CPU kernels need numba: `pip install numba`.", name="numba") from error
 
 
 # Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo exp's two-part reduction, and
@@ -49,8 +54,8 @@ def _float_from_bits(typingctx, bits):
 
 
 _ONE, _TWO, _HALF = np.float32(1), np.float32(2), np.float32(0.5)
-# exp(x) = 2^n exp(r), |r| <= log(2)/2, with log(2) in two parts so that r is exact; the polynomial is the degree-7 one of
-# the Cephes library (S. Moshier), good to 1 ulp. Beyond +-87 a sigmoid is 0 or 1 in float32 to within 1e-38.
+# exp(x) = 2^n exp(r), |r| <= log(2)/2, with log(2) in two parts so that r is exact; the polynomial is the degree-7 one
+# of the Cephes library (S. Moshier), good to 1 ulp. Beyond +-87 a sigmoid is 0 or 1 in float32 to within 1e-38.
 _EXP_LIMIT = np.float32(87)
 _LOG2_E = np.float32(1.44269504088896341)
 _LOG_2_HIGH, _LOG_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -139,7 +144,8 @@ def _block(item, blocks, width, size):
 
 # Scratch rows of the kernels after the nine for the parameters.
 _STATE, _FORGET, _UPDATE, _ELASTANCE = 9, 10, 11, 12
-_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE, _SUMS, _ROWS = 13, 14, 15, 16, 17, 18, 19, 28
+_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = 13, 14, 15, 16, 17, 18
+_SUMS, _ROWS = 19, 28
 
 
 @_kernel()
@@ -273,7 +279,7 @@ def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, 
 
 
 def _rows(tensor: Tensor) -> tuple[np.ndarray, int, int]:
-    """A (B, T, ...) tensor as a flat array and its two leading strides, without a copy where channels are contiguous."""
+    """A (B, T, ...) tensor as a flat array and its two leading strides; copied only if channels are not contiguous."""
     if tensor.dim() == 3 and tensor.stride(2) != 1 and tensor.shape[2] != 1:
         tensor = tensor.contiguous()
     extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
@@ -331,7 +337,7 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
     )
 
 
-def lrc_scan(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> Tensor:
+def lrc_scan_cpu(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> Tensor:
     """The states (B, T, D); arguments as in `recurrence._lrc_scan_op`."""
     batch, steps, size = forget_input.shape
     states = torch.empty(batch, steps, size)
@@ -341,7 +347,7 @@ def lrc_scan(forget_input, update_input, elastance_input, time_step, reset, init
     return states
 
 
-def lrc_scan_backward(
+def lrc_scan_backward_cpu(
     grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
 ) -> tuple[Tensor, ...]:
     """The gradients; arguments and results as in `recurrence._lrc_scan_backward_op`."""
@@ -375,7 +381,7 @@ def lrc_scan_backward(
     )
 
 
-def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
+def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     """The states (B, T, D) of the linear recurrence; arguments as in `recurrence.prefix_scan`."""
     batch, steps, size = inputs.shape
     states = torch.empty(batch, steps, size)

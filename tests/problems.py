@@ -50,7 +50,8 @@ def random_problem(batch, steps, size, *, symmetric=False, full=False, scale=1.0
             "time_step": time_step.requires_grad_(),
             "reset": torch.rand(batch, steps, generator=generator) < 0.1,
         }
-    return normal(batch, steps, size).requires_grad_(), normal(batch, steps, size).requires_grad_(), parameters, options
+    inputs = [normal(batch, steps, size).requires_grad_() for _ in range(2)]
+    return *inputs, parameters, options
 
 
 def leaves(forget_input, update_input, parameters, options):

@@ -30,12 +30,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator, get_scheduler
 
 import lrcssm_hf  # noqa: F401  registers the model
+from cpu_processes import start_missing_processes
 from evaluate import nats_per_token
 from text_data import load_text, load_tokenizer, make_blocks
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
+import matplotlib.pyplot as plt
 
 
 # The model of a run without arguments: what reads Python best after five minutes on two CPU cores.
@@ -56,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="Continue from this model instead of starting from scratch.")
     model.add_argument("--model_type", default="lrcssm", help="Architecture of a new model (default lrcssm).")
-    model.add_argument("--config_overrides", help='Configuration of a new model, "hidden_size=256,num_hidden_layers=6".')
+    model.add_argument("--config_overrides", help='Of a new model, "hidden_size=256,num_hidden_layers=6".')
     model.add_argument("--tokenizer_name", help="Tokenizer; by default the model's own, or one token per byte.")
     train = parser.add_argument_group("training")
     train.add_argument("--per_device_train_batch_size", type=int, default=8)
@@ -81,10 +82,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--push_to_hub", action="store_true", help="Upload the finished model.")
     output.add_argument("--hub_model_id", help="Where to; by default the folder's name in your namespace.")
     args = parser.parse_args(arguments)
-    for name in ("block_size", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("max_eval_samples", "gradient_accumulation_steps", "eval_steps", "max_train_steps", "checkpointing_steps"):
+    counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
+    for name in [*counts, "max_eval_samples", "max_train_steps", "checkpointing_steps"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
@@ -208,8 +207,8 @@ def prepare(args: argparse.Namespace):
     if args.model_name_or_path:
         try:
             model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-        except OSError as error:
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path!r} could not be loaded: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model_name_or_path {args.model_name_or_path!r}: {error}") from error
         if model.config.vocab_size < len(tokenizer):
             raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}.")
     else:
@@ -222,7 +221,9 @@ def prepare(args: argparse.Namespace):
         args.validation_split_percentage,
     )
     blocks, tokens_per_byte = make_blocks(data, tokenizer, args.block_size)
-    repository = HfApi().create_repo(args.hub_model_id or folder.name, exist_ok=True).repo_id if args.push_to_hub else None
+    repository = None
+    if args.push_to_hub:
+        repository = HfApi().create_repo(args.hub_model_id or folder.name, exist_ok=True).repo_id
     return folder, checkpoint, tokenizer, model, blocks, tokens_per_byte, repository
 
 
@@ -282,18 +283,31 @@ def main(arguments: list[str] | None = None) -> None:
     metrics = Metrics(folder, step) if accelerator.is_main_process else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    tokens_per_step = batch_size * args.block_size
     accelerator.print(
         f"{parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training tokens, "
         f"{max_train_steps} steps of {batch_size} x {args.block_size} tokens on {accelerator.num_processes} x "
         f"{accelerator.device.type}"
     )
-    train(args, accelerator, model, optimizer, scheduler, loader, curve_loader, step, max_train_steps, metrics, folder)
+    optimize(
+        args,
+        accelerator,
+        model,
+        optimizer,
+        scheduler,
+        loader,
+        lambda: nats_per_token(model, curve_loader, accelerator),
+        range(step, max_train_steps),
+        tokens_per_step,
+        metrics,
+        folder,
+    )
 
     loss = nats_per_token(model, validation_loader, accelerator, progress=True)
     if accelerator.is_main_process:
         metrics.add(
             step=max_train_steps,
-            tokens=max_train_steps * batch_size * args.block_size,
+            tokens=max_train_steps * tokens_per_step,
             validation_loss=loss,
             validation_nats_per_byte=loss * tokens_per_byte,
             validation_tokens=len(blocks["validation"]) * args.block_size,
@@ -307,20 +321,17 @@ def main(arguments: list[str] | None = None) -> None:
         show(folder, loss * tokens_per_byte, default_data=args.dataset_name is None and args.train_file is None)
 
 
-def train(
-    args, accelerator, model, optimizer, scheduler, loader, curve_loader, step, max_train_steps, metrics, folder
+def optimize(
+    args, accelerator, model, optimizer, scheduler, loader, held_out_loss, steps, tokens_per_step, metrics, folder
 ) -> None:
-    """Optimizer steps `step` to `max_train_steps`, with the curve, the bar and the checkpoints."""
-    batches_per_epoch = len(loader)
-    epoch, batches_done = divmod(step * args.gradient_accumulation_steps, batches_per_epoch)
-    bar = tqdm(total=max_train_steps, initial=step, desc="Training", disable=not accelerator.is_main_process)
+    """The optimizer steps of the range `steps`, with the curve, the progress bar and the checkpoints."""
+    step, last = steps.start, steps.stop
+    epoch, batches_done = divmod(step * args.gradient_accumulation_steps, len(loader))
+    bar = tqdm(total=last, initial=step, desc="Training", disable=not accelerator.is_main_process)
+    sums = torch.zeros(2, device=accelerator.device)  # of the losses since the last record, and their number
+    start = time.perf_counter()
     model.train()
-    sums = torch.zeros(2, device=accelerator.device)  # loss and number of batches since the last record
-    tokens_per_step = (
-        args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps * args.block_size
-    )
-    start, start_step = time.perf_counter(), step
-    while step < max_train_steps:
+    while step < last:
         loader.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, batches_done) if batches_done else loader
         epoch, batches_done = epoch + 1, 0
@@ -332,20 +343,20 @@ def train(
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            sums += torch.stack([loss.detach().float(), loss.new_ones(()).float()])
+            sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
             if not accelerator.sync_gradients:
                 continue
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             step += 1
             bar.update()
-            evaluate = step % args.eval_steps == 0 and step < max_train_steps
-            if step % 10 == 0 or evaluate or step == max_train_steps:
+            evaluate = step % args.eval_steps == 0 and step < last
+            if step % 10 == 0 or evaluate or step == last:
                 total, count = accelerator.reduce(sums, reduction="sum").tolist()
                 sums.zero_()
                 if not math.isfinite(total):
-                    raise SystemExit(f"The loss is {total / count} at step {step}; lower --learning_rate.")
-                rate = (step - start_step) * tokens_per_step / (time.perf_counter() - start)
+                    raise SystemExit(f"error: the loss is {total} at step {step}; lower --learning_rate.")
+                rate = (step - steps.start) * tokens_per_step / (time.perf_counter() - start)
                 bar.set_postfix(loss=f"{total / count:.3f}", tokens_per_s=f"{rate:,.0f}")
                 record = {
                     "step": step,
@@ -355,13 +366,13 @@ def train(
                     "tokens_per_second": rate,
                 }
                 if evaluate:
-                    record["validation_loss"] = nats_per_token(model, curve_loader, accelerator)
+                    record["validation_loss"] = held_out_loss()
                 accelerator.log(record, step=step)
                 if metrics is not None:
                     metrics.add(**record)
             if args.checkpointing_steps and step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, folder, step)
-            if step == max_train_steps:
+            if step == last:
                 break
     bar.close()
 
@@ -386,4 +397,5 @@ def show(folder: Path, nats_per_byte: float, default_data: bool) -> None:
 
 
 if __name__ == "__main__":
+    start_missing_processes()
     main()

@@ -90,7 +90,8 @@ def _read_file(flag: str, name: str) -> Dataset:
 
 def _text_column(data: Dataset) -> Dataset:
     column = "text" if "text" in data.column_names else data.column_names[0]
-    data = data.select_columns(column).rename_column(column, "text") if column != "text" else data.select_columns("text")
+    data = data.select_columns(column)
+    data = data if column == "text" else data.rename_column(column, "text")
     data = data.filter(lambda text: bool(text and text.strip()), input_columns="text")
     if len(data) == 0:
         raise ValueError("The data holds no text.")
@@ -104,7 +105,8 @@ def _hold_out(data: Dataset, percentage: float) -> DatasetDict:
         return DatasetDict({"train": split["train"], "validation": split["test"]})
     text = data[0]["text"]
     cut = int(len(text) * (1 - percentage / 100))
-    return DatasetDict({"train": Dataset.from_dict({"text": [text[:cut]]}), "validation": Dataset.from_dict({"text": [text[cut:]]})})
+    parts = {"train": text[:cut], "validation": text[cut:]}
+    return DatasetDict({split: Dataset.from_dict({"text": [part]}) for split, part in parts.items()})
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:

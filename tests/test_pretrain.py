@@ -1,0 +1,181 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""The main job in small: what it writes, that what it says is true, resuming, two processes, and refusing bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lrcssm_hf  # noqa: F401  registers the model
+import pretrain
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--config_overrides", "hidden_size=32,num_hidden_layers=2,intermediate_size=32", "--block_size", "64"]
+SMALL += ["--per_device_train_batch_size", "2", "--eval_steps", "5", "--max_train_steps", "12"]
+
+
+def run(*arguments, launch=()):
+    """The script's result; offline, so that nothing waits for a network that tests must not need."""
+    command = [sys.executable, *launch, str(ROOT / "training" / "pretrain.py"), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("".join(f"the {i}th line of a short text — with some {i * i} in it\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    result = run(*SMALL, "--train_file", text_file, "--output_dir", folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return folder, result
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_is_a_model_folder(trained):
+    folder, _ = trained
+    written = {path.name for path in folder.iterdir()}
+    assert written == {
+        "config.json",
+        "generation_config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = "the 7th — line\n\tof <|endoftext|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    inputs = tokenizer(["the", "the 12th line"], return_tensors="pt", padding=True, padding_side="left")
+    assert model.generate(**inputs, max_new_tokens=5).shape[0] == 2
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_metrics_and_closing_words(trained):
+    folder, result = trained
+    assert "Training: 100%" in result.stderr and "loss=" in result.stderr and "tokens_per_s=" in result.stderr
+    assert f"AutoModelForCausalLM.from_pretrained('{folder}')" in result.stdout
+    *steps, final = records(folder)
+    assert [record["step"] for record in steps] == [5, 10, 12]
+    assert all(record["tokens"] == record["step"] * 2 * 64 for record in steps)
+    assert "validation_loss" in steps[0] and steps[-1]["train_loss"] < steps[0]["train_loss"]
+    assert final["validation_nats_per_byte"] < 5.6  # of guessing, log(257)
+
+
+def test_the_reported_loss_is_that_of_the_saved_model(trained, text_file):
+    folder, _ = trained
+    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), "--model_name_or_path", str(folder)]
+    command += ["--train_file", str(text_file), "--block_size", "64"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    loss = json.loads(result.stdout.splitlines()[-1])["nats_per_byte"]
+    assert loss == pytest.approx(records(folder)[-1]["validation_nats_per_byte"], abs=1e-5)
+
+
+def test_a_resumed_run_ends_where_the_whole_run_ends(trained, text_file, tmp_path):
+    folder, _ = trained
+    arguments = [*SMALL, "--train_file", text_file, "--output_dir", tmp_path, "--checkpointing_steps", "7"]
+    assert run(*arguments).returncode == 0
+    assert (tmp_path / "checkpoint-7").is_dir() and not list(tmp_path.glob("partial-*"))
+    (tmp_path / "model.safetensors").unlink()
+    result = run(*arguments, "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected, resumed = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert [record["step"] for record in records(tmp_path)] == [5, 10, 12, 12]
+
+
+def test_two_processes(text_file, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    result = run(*SMALL, "--train_file", text_file, "--output_dir", tmp_path, launch=launch)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "on 2 x cpu" in result.stdout
+    assert records(tmp_path)[-2]["tokens"] == 12 * 2 * 2 * 64
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 32
+
+
+def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
+    folder, _ = trained
+    train_file, validation_file = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    for path in (train_file, validation_file):
+        path.write_text(
+            "".join(json.dumps({"id": i, "text": f"record {i} of {path.stem} " * 9}) + "\n" for i in range(40))
+        )
+    files = ["--train_file", train_file, "--validation_file", validation_file, "--block_size", "32"]
+    steps = ["--max_train_steps", "2", "--gradient_accumulation_steps", "2"]
+    arguments = [*files, *steps, "--model_name_or_path", folder, "--tokenizer_name", folder, "--gradient_checkpointing"]
+    tracking = ["--with_tracking", "--report_to", "tensorboard"]
+    pytest.importorskip("tensorboard")
+    result = run(*arguments, *tracking, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert records(tmp_path / "out")[-2]["tokens"] == 2 * 2 * 8 * 32
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file", "missing.txt"], "--train_file 'missing.txt' does not exist"),
+        (["--train_file", "{empty}"], "is empty"),
+        (["--train_file", "{blank}"], "no text"),
+        (["--train_file", "{short}"], "shorter than one block of 64 tokens; lower --block_size"),
+        (["--train_file", "{binary}"], "cannot read '.bin'"),
+        (["--validation_file", "{short}"], "--validation_file needs --train_file"),
+        (["--dataset_name", "nobody/no-such-dataset"], "--dataset_name 'nobody/no-such-dataset' could not be loaded"),
+        (["--tokenizer_name", "nobody/no-such-tokenizer"], "--tokenizer_name 'nobody/no-such-tokenizer'"),
+        (["--output_dir", "{short}/below-a-file"], "--output_dir"),
+        (["--config_overrides", "hidden_width=3"], "has no 'hidden_width'"),
+        (["--config_overrides", "hidden_size=-3"], "hidden_size"),
+        (["--config_overrides", "hidden_size"], "not of the form name=value"),
+        (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),
+        (["--block_size", "1"], "--block_size must be at least 2"),
+        (["--resume_from_checkpoint", "latest"], "there is no checkpoint"),
+        (["--model_name_or_path", "{missing}"], "--model_name_or_path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_with_one_clear_message_before_training(arguments, message, tmp_path, capsys):
+    contents = {
+        "empty": ("e.txt", ""),
+        "blank": ("b.txt", " \n \n"),
+        "short": ("s.txt", "short"),
+        "binary": ("x.bin", "x"),
+    }
+    paths = {"missing": tmp_path / "missing"}
+    for key, (name, content) in contents.items():
+        paths[key] = tmp_path / name
+        paths[key].write_text(content)
+    arguments = [argument.format(**paths) for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main([*SMALL, "--output_dir", str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    output = "".join(capsys.readouterr())
+    assert message in output and output.count("error: ") == 1
+    assert "Traceback" not in output and "Training:" not in output
+
+
+@pytest.mark.slow
+def test_the_main_job_without_arguments(tmp_path):
+    """Five minutes on two CPU cores to at most 1.5 nats per byte, judged by loading the folder."""
+    assert run("--output_dir", tmp_path).returncode == 0
+    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), "--model_name_or_path", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(result.stdout.splitlines()[-1])["nats_per_byte"] <= 1.5
