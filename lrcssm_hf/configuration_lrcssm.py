@@ -2,7 +2,10 @@
 """LrcSSM configuration."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+
+from .recurrence import BACKENDS, SOLVERS
 
 
 _CHOICES = {
@@ -11,8 +14,8 @@ _CHOICES = {
     "elastance": ("asymmetric", "symmetric"),
     "state_dependence": ("full", "input"),
     "pooling": ("mean", "last"),
-    "solver": ("auto", "sequential", "newton", "chunked"),
-    "backend": ("auto", "torch", "cpu"),
+    "solver": SOLVERS,
+    "backend": BACKENDS,
 }
 
 
@@ -42,7 +45,7 @@ class LrcSSMConfig(PreTrainedConfig):
             state on one input and change it on another; by default only in the gated block.
         state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
             elastance: the recurrence is then linear with every Jacobian in (0, 1).
-        time_constant_min, time_constant_max (`float`, defaults to 2.5 and 64): range, in steps, in which the gated
+        time_constant_min, time_constant_max (`float`, defaults to 2.5 and 16): range, in steps, in which the gated
             block's time constants are initialised, log-uniformly. Above 2, the fastest the cell can forget.
         conv_kernel (`int`, defaults to 4): taps of the gated block's causal convolution.
         hidden_act (`str`, defaults to `"silu"`): activation of the gated block.
@@ -53,8 +56,8 @@ class LrcSSMConfig(PreTrainedConfig):
             steps' logits into one.
         solver (`str`, defaults to `"auto"`): see [`lrc_scan`]; all solvers give the same result.
         backend (`str`, defaults to `"auto"`): see [`lrc_scan`].
-        layer_types (`list[str]`, *optional*): `"linear_attention"` for every layer, transformers' name for a layer
-            with a recurrent state; read by its caches.
+        layer_types (`list[str]`, *optional*): accepted if it names `"linear_attention"`, transformers' word for a layer
+            with a recurrent state, once per layer.
         use_cache (`bool`, defaults to `True`): whether to return the recurrent state.
         tie_word_embeddings (`bool`, defaults to `True`): whether the output layer is the input embedding.
 
@@ -85,7 +88,7 @@ class LrcSSMConfig(PreTrainedConfig):
     elastance_input: bool | None = None
     state_dependence: str = "full"
     time_constant_min: float | int = 2.5
-    time_constant_max: float | int = 64.0
+    time_constant_max: float | int = 16.0
     conv_kernel: int = 4
     hidden_act: str = "silu"
     hidden_dropout: float | int = 0.0
@@ -94,7 +97,6 @@ class LrcSSMConfig(PreTrainedConfig):
     pooling: str = "mean"
     solver: str = "auto"
     backend: str = "auto"
-    layer_types: list[str] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -111,12 +113,22 @@ class LrcSSMConfig(PreTrainedConfig):
             self.sensory_activation = "none" if gated else "sigmoid"
         if self.elastance_input is None:
             self.elastance_input = gated
-        if self.layer_types is None:
-            self.layer_types = ["linear_attention"] * max(self.num_hidden_layers, 0)
-        self._check_values()
+        self.check_values()
+        layer_types = kwargs.pop("layer_types", None)
+        if layer_types not in (None, self.layer_types):
+            raise ValueError(
+                f"`layer_types` must be 'linear_attention' once for each of the {self.num_hidden_layers} layers "
+                f"(`num_hidden_layers`), got {layer_types}."
+            )
         super().__post_init__(**kwargs)
 
-    def _check_values(self):
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches read to make one recurrent state per layer."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def check_values(self):
+        """Raises a `ValueError` that names the field whose value is out of range or unknown."""
         sizes = ["vocab_size", "hidden_size", "state_size", "num_hidden_layers", "intermediate_size", "conv_kernel"]
         if self.num_channels is not None:
             sizes.append("num_channels")
@@ -133,11 +145,11 @@ class LrcSSMConfig(PreTrainedConfig):
             )
         if not 0 <= self.hidden_dropout < 1:
             raise ValueError(f"`hidden_dropout` must be in [0, 1), got {self.hidden_dropout}.")
-        if self.layer_types != ["linear_attention"] * self.num_hidden_layers:
-            raise ValueError(
-                f"`layer_types` must be {self.num_hidden_layers} times 'linear_attention' (`num_hidden_layers`), "
-                f"got {self.layer_types}."
-            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        for name in ("norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
 __all__ = ["LrcSSMConfig"]

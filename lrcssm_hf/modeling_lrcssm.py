@@ -6,6 +6,7 @@ Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,19 +104,20 @@ class LrcSSMNeurons(nn.Module):
             shift = F.softplus(shift)
 
         if config.state_dependence == "input":
-            elastance_drive = self.elastance_bias.float()
+            dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
+            drive, conductance = self.elastance_bias.to(dtype), self.leak_conductance.to(dtype)
             if elastance_input is not None:
-                elastance_drive = elastance_drive + elastance_input
+                drive = drive + elastance_input
             if shift is None:
-                rate = torch.sigmoid(elastance_drive)
+                rate = torch.sigmoid(drive)
             else:
-                rate = torch.sigmoid(elastance_drive + shift) - torch.sigmoid(elastance_drive - shift)
+                rate = torch.sigmoid(drive + shift) - torch.sigmoid(drive - shift)
             if time_step is not None:
                 rate = rate * time_step.unsqueeze(-1)
-            decay = 1 - rate * torch.sigmoid(self.leak_conductance + forget_input)
+            decay = 1 - rate * torch.sigmoid(conductance + forget_input)
             if reset is not None:
                 decay = decay.masked_fill(reset.unsqueeze(-1), 0)
-            update = rate * self.leak_potential * torch.tanh(self.leak_conductance + update_input)
+            update = rate * self.leak_potential * torch.tanh(conductance + update_input)
             states = prefix_scan(decay.expand_as(update), update, initial_state)
             return states, states[:, -1]
 
@@ -143,42 +145,50 @@ class LrcSSMNeurons(nn.Module):
         )
 
 
-class LrcSSMSteps:
+class LrcSSMSteps(NamedTuple):
     """What happens at each step of a batch beside its values, in the order the recurrences see it.
 
-    The unmasked steps of every row are moved to its front (`pack`) and its outputs back (`unpack`), so that neither the
-    convolution nor the state ever meets a padded step between two real ones, on whichever side the padding is.
+    The unmasked steps of every row are moved to its front (`pack`) and its outputs back (`unpack`), so that neither
+    the convolution nor the state ever meets a padded step between two real ones, on whichever side the padding is.
 
     Attributes:
         time_step: (B, T), 0 where a step is padding, otherwise the elapsed time; None when every step is 1.
         reset: (B, T) bool, a new document starts here; None when none does.
-        lengths: (B,), the number of unmasked steps; None without a mask.
+        order: (B, T), where each packed step comes from; None without a mask, as are the following.
+        count: (B, T), the number of unmasked steps up to each step, in the user's order.
+        lengths: (B,), the number of unmasked steps.
     """
 
-    def __init__(self, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None):
-        self.lengths, self.time_step, self.reset = None, time_deltas, reset
+    time_step: Tensor | None
+    reset: Tensor | None
+    order: Tensor | None = None
+    count: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None) -> "LrcSSMSteps":
+        """From a bool mask, elapsed times and document starts, each (B, T) in the user's order or None."""
         if mask is None:
-            return
-        self.count = mask.cumsum(1)
-        self.lengths = self.count[:, -1]
-        self.order = torch.argsort(~mask, dim=1, stable=True)
-        packed_mask = mask.gather(1, self.order)
-        elapsed = packed_mask.float() if time_deltas is None else time_deltas.gather(1, self.order)
-        self.time_step = elapsed.masked_fill(~packed_mask, 0)
-        self.reset = None if reset is None else reset.gather(1, self.order) & packed_mask
+            return cls(time_deltas, reset)
+        count = mask.cumsum(1)
+        order = torch.argsort(~mask, dim=1, stable=True)
+        packed_mask = mask.gather(1, order)
+        time_step = packed_mask.float() if time_deltas is None else time_deltas.gather(1, order)
+        reset = None if reset is None else reset.gather(1, order) & packed_mask
+        return cls(time_step.masked_fill(~packed_mask, 0), reset, order, count, count[:, -1])
 
     def pack(self, inputs: Tensor) -> Tensor:
-        if self.lengths is None:
+        if self.order is None:
             return inputs
         return inputs.gather(1, self.order.unsqueeze(-1).expand_as(inputs))
 
     def unpack(self, outputs: Tensor) -> Tensor:
         """Outputs in the order given by the user. A padded step repeats the output of the last real step before it, as
         if it had not been taken; before the first real step the output is zero."""
-        if self.lengths is None:
+        if self.count is None:
             return outputs
-        index = (self.count - 1).clamp(min=0).unsqueeze(-1).expand_as(outputs)
-        return outputs.gather(1, index).masked_fill((self.count == 0).unsqueeze(-1), 0)
+        count = self.count.to(outputs.device).unsqueeze(-1)
+        return outputs.gather(1, (count - 1).clamp(min=0).expand_as(outputs)).masked_fill(count == 0, 0)
 
 
 class LrcSSMConvolution(nn.Module):
@@ -214,11 +224,14 @@ class LrcSSMConvolution(nn.Module):
             if document is not None:
                 tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
             outputs = outputs + tapped * self.weight[:, tap]
+        # What comes after this call continues the last document: its past are the last unmasked steps of that document.
         if steps.lengths is None:
-            past = window[:, length:]
+            last = torch.arange(length, length + kernel - 1, device=inputs.device).expand(batch, -1)
         else:
             last = steps.lengths[:, None] + torch.arange(kernel - 1, device=inputs.device)
-            past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+        past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+        if document is not None:
+            past = past.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
         return outputs, past.transpose(1, 2)
 
 
@@ -294,14 +307,18 @@ class LrcSSMGatedBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
+class LrcSSMPaperLinear(nn.Linear):
+    """A linear layer of the authors' MLPs: He-uniform weights, no initial bias."""
+
+
 class LrcSSMPaperMLP(nn.Sequential):
-    """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier; He-uniform weights and no initial bias."""
+    """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier."""
 
     def __init__(self, input_size: int, intermediate_size: int, output_size: int):
         super().__init__(
-            nn.Linear(input_size, intermediate_size),
+            LrcSSMPaperLinear(input_size, intermediate_size),
             nn.ReLU(),
-            nn.Linear(intermediate_size, output_size),
+            LrcSSMPaperLinear(intermediate_size, output_size),
         )
 
 
@@ -341,14 +358,20 @@ class LrcSSMPreTrainedModel(PreTrainedModel):
     # A recurrent state cannot be rolled back: transformers then refuses assisted generation.
     _is_stateful = True
 
+    def __init__(self, config: LrcSSMConfig):
+        # Fields may have been changed since the configuration was made.
+        config.check_values()
+        super().__init__(config)
+        if config.num_channels is not None:
+            self.main_input_name = "input_values"
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, (LrcSSMNeurons, LrcSSMConvolution)):
             module.init_weights()
-        elif isinstance(module, LrcSSMPaperMLP):
-            for layer in (module[0], module[2]):
-                init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        elif isinstance(module, LrcSSMPaperLinear):
+            init.kaiming_uniform_(module.weight, nonlinearity="relu")
 
 
 class LrcSSMModel(LrcSSMPreTrainedModel):
@@ -357,13 +380,11 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
     def __init__(self, config: LrcSSMConfig):
         super().__init__(config)
         if config.num_channels is None:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         elif config.block_type == "paper":
             self.encoder = LrcSSMPaperMLP(config.num_channels, config.hidden_size, config.hidden_size)
         else:
             self.encoder = nn.Linear(config.num_channels, config.hidden_size)
-        if config.num_channels is not None:
-            self.main_input_name = "input_values"
         block = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}[config.block_type]
         self.layers = nn.ModuleList(block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         # The paper's block ends in the residual stream that its classifier reads.
@@ -371,6 +392,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens if self.config.num_channels is None else self.encoder
 
     @can_return_tuple
     def forward(
@@ -423,7 +447,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
         time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
 
-        steps = LrcSSMSteps(mask, time_deltas, reset)
+        steps = LrcSSMSteps.of(mask, time_deltas, reset)
         hidden_states = steps.pack(self._embed(name, values, mask))
         all_hidden_states = ()
         for layer in self.layers:
@@ -469,8 +493,6 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
     def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, H). Values are checked on the CPU only: elsewhere that would stall the device's queue."""
         check = values.device.type == "cpu" and not torch.compiler.is_compiling()
-        if name == "inputs_embeds":
-            return values
         if name == "input_ids":
             if check and not (values.min() >= 0 and values.max() < self.config.vocab_size):
                 raise ValueError(
@@ -481,7 +503,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if mask is not None:
             values = values.masked_fill(~mask.unsqueeze(-1), 0)
         if check and not values.isfinite().all():
-            raise ValueError("`input_values` holds NaN or infinite values at unmasked steps; fill or mask them.")
+            raise ValueError(f"`{name}` holds NaN or infinite values at unmasked steps; fill or mask them.")
+        if name == "inputs_embeds":
+            return values
         return self.encoder(values.to(next(self.encoder.parameters()).dtype))
 
 
@@ -544,7 +568,12 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         # `generate` asks the cache for its length, to cut known tokens off the prompt. A recurrent state has no length:
-        # with a cache, the prompt is the new tokens. So the cache takes another way to `prepare_inputs_for_generation`.
+        # with a cache, the prompt is the new tokens. The cache takes another way to `prepare_inputs_for_generation`.
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "`prefill_chunk_size` is not supported: memory is linear in the prompt; to read it in pieces, call the "
+                "model on each with `past_key_values`, and `generate` on the last."
+            )
         model_kwargs = dict(model_kwargs)
         model_kwargs["recurrent_cache"] = model_kwargs.pop("past_key_values", None)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -555,33 +584,45 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         recurrent_cache: Cache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = None,
         **kwargs,
     ):
+        """As in transformers, except that a cache given to `generate` goes with the new tokens only: what it has read
+        is not to be passed again."""
         # Generated tokens are never padding, and without a mask they need no packing.
         if use_cache and not is_first_iteration:
             attention_mask = None
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             **kwargs,
         )
-        # Positions that `generate` counts out say nothing here: only a restart at 0 has a meaning to this model.
-        model_inputs.pop("position_ids", None)
-        model_inputs["past_key_values"] = recurrent_cache if past_key_values is None else past_key_values
+        cache = recurrent_cache if past_key_values is None else past_key_values
+        if cache is not None and cache.has_previous_state():
+            # Positions counted from the start of the prompt would start a new document.
+            model_inputs.pop("position_ids", None)
+        model_inputs["past_key_values"] = cache
         return model_inputs
 
 
-class LrcSSMForSequenceClassification(LrcSSMPreTrainedModel):
-    """The model with one label (or value) for a whole sequence of tokens or of channels."""
+class LrcSSMScoringModel(LrcSSMPreTrainedModel):
+    """What the heads without a vocabulary share: scores of every step, from which each makes its logits and loss."""
+
+    # The losses are means over a batch; Trainer is to average them over accumulated batches itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__(config)
         self.model = LrcSSMModel(config)
-        self.score = _make_head(config)
+        if config.block_type == "paper":
+            self.score = LrcSSMPaperMLP(config.hidden_size, config.hidden_size, config.num_labels)
+        else:
+            self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -599,14 +640,7 @@ class LrcSSMForSequenceClassification(LrcSSMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        r"""
-        Args:
-            labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`): classes, or values for
-                regression and several labels, as `config.problem_type` says.
-
-        The logits of the unmasked steps are pooled as `config.pooling` says. For the other arguments see
-        [`LrcSSMModel.forward`].
-        """
+        """For `labels` and `logits` see the class, for the other arguments [`LrcSSMModel.forward`]."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -618,84 +652,48 @@ class LrcSSMForSequenceClassification(LrcSSMPreTrainedModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        hidden_states = outputs.last_hidden_state
-        if self.config.pooling == "last":
-            # A padded step repeats the last real one.
-            logits = self.score(hidden_states[:, -1])
-        elif attention_mask is None:
-            logits = self.score(hidden_states).mean(1)
-        else:
-            weight = attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
-            logits = (self.score(hidden_states) * weight).sum(1) / weight.sum(1).clamp(min=1)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        scores = self.score(outputs.last_hidden_state)
+        mask = None if attention_mask is None else attention_mask[:, -scores.shape[1] :].bool()
+        logits = self._logits(scores, mask)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
+            loss=None if labels is None else self._loss(logits, labels, mask),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
 
 
-class LrcSSMForSequenceModeling(LrcSSMPreTrainedModel):
-    """The model with a value or a class for every step: tagging, filtering, forecasting.
+class LrcSSMForSequenceClassification(LrcSSMScoringModel):
+    """The model with one label (or value) for a whole sequence of tokens or of channels.
 
-    `config.problem_type` is `"regression"` (mean squared error) or `"single_label_classification"` (cross-entropy);
-    left out, it follows from the labels' dtype.
+    The scores of the unmasked steps are pooled as `config.pooling` says into `logits` (batch_size, num_labels).
+    `labels` are classes (batch_size,), or values for regression or several labels (batch_size, num_labels), as
+    `config.problem_type` says; left out, it follows from the labels.
     """
 
-    def __init__(self, config: LrcSSMConfig):
-        super().__init__(config)
-        self.model = LrcSSMModel(config)
-        self.score = _make_head(config)
-        self.post_init()
+    def _logits(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.pooling == "last":
+            return scores[:, -1]  # A padded step repeats the last real one.
+        if mask is None:
+            return scores.mean(1)
+        weight = mask.unsqueeze(-1).to(scores.dtype)
+        return (scores * weight).sum(1) / weight.sum(1).clamp(min=1)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        input_values: Tensor | None = None,
-        time_deltas: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        r"""
-        Args:
-            labels (`torch.Tensor`): values of shape `(batch_size, sequence_length, num_labels)`, or classes of shape
-                `(batch_size, sequence_length)` in which -100 is ignored, as are masked steps. Nothing is shifted: to
-                forecast, let the labels be the next values.
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
-        For the other arguments see [`LrcSSMModel.forward`]. `logits` are `(batch_size, sequence_length, num_labels)`.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            input_values=input_values,
-            time_deltas=time_deltas,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
-        logits = self.score(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            mask = None if attention_mask is None else attention_mask[:, -logits.shape[1] :].bool()
-            loss = self._loss(logits, labels, mask)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+
+class LrcSSMForSequenceModeling(LrcSSMScoringModel):
+    """The model with a value or a class for every step: tagging, filtering, forecasting.
+
+    `logits` are (batch_size, sequence_length, num_labels). `labels` are values of that shape, or classes
+    (batch_size, sequence_length) in which -100 is ignored, as are masked steps. Nothing is shifted: to forecast, let
+    the labels be the next values. `config.problem_type` is `"regression"` (mean squared error) or
+    `"single_label_classification"` (cross-entropy); left out, it follows from the labels' dtype.
+    """
+
+    def _logits(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return scores
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         problem = self.config.problem_type
@@ -726,6 +724,9 @@ class LrcSSMForSequenceModeling(LrcSSMPreTrainedModel):
 
         Returns:
             (B, horizon, num_channels).
+
+        Raises:
+            ValueError: the horizon is not positive, or the model does not predict its own channels or is in training.
         """
         if self.config.num_labels != self.config.num_channels:
             raise ValueError(
@@ -734,18 +735,14 @@ class LrcSSMForSequenceModeling(LrcSSMPreTrainedModel):
             )
         if horizon < 1:
             raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
+        if self.training:
+            raise ValueError("The model is in training mode; call `model.eval()` before `forecast`.")
         outputs = self(input_values=past_values, attention_mask=attention_mask, use_cache=True)
         values = [outputs.logits[:, -1:]]
         while len(values) < horizon:
             outputs = self(input_values=values[-1], past_key_values=outputs.past_key_values, use_cache=True)
             values.append(outputs.logits)
         return torch.cat(values, dim=1)
-
-
-def _make_head(config: LrcSSMConfig) -> nn.Module:
-    if config.block_type == "paper":
-        return LrcSSMPaperMLP(config.hidden_size, config.hidden_size, config.num_labels)
-    return nn.Linear(config.hidden_size, config.num_labels)
 
 
 __all__ = [

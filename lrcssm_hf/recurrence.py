@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 SOLVERS = ("auto", "sequential", "newton", "chunked")
 BACKENDS = ("auto", "torch", "cpu")
 
+# Operators are global, and transformers makes a copy of this file for every Hub model's code: each has its own.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 # Newton either converges in a handful of iterations or does not converge in time to be worth waiting for.
 _MAX_NEWTON_ITERATIONS = 30
 # Below this many steps a Python loop costs no more than the parallel solvers' bookkeeping.
@@ -56,9 +59,9 @@ class LrcParameters(NamedTuple):
 class LrcScanInfo(NamedTuple):
     """How a scan was solved.
 
-    `iterations`: Newton iterations or chunk sweeps. `residual`: the largest |x_t - F(x_{t-1})| / max(1, |x_t|) of the
-    parallel solver's last iterate (0 where the recurrence was evaluated step by step). `fell_back`: the parallel solver
-    did not reach the tolerance and the returned states are those of `sequential`.
+    `iterations`: Newton iterations or chunk sweeps. `residual`: the largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|)
+    of the parallel solver's last iterate (0 where the recurrence was evaluated step by step). `fell_back`: the parallel
+    solver did not reach the tolerance and the returned states are those of `sequential`.
     """
 
     solver: str
@@ -186,10 +189,24 @@ def _shift(states: Tensor, initial_state: Tensor) -> Tensor:
     return torch.cat([initial_state.unsqueeze(1), states[:, :-1]], dim=1)
 
 
-def _relative_error(states: Tensor, target: Tensor) -> float:
-    error = (states - target).abs() / states.abs().clamp(min=1)
+def _residual(states: Tensor, previous: Tensor, target: Tensor) -> float:
+    """The largest |x_t - F(x_{t-1})| in units of the states themselves, which may be small everywhere."""
+    scale = torch.maximum(states.abs(), previous.abs()).clamp(min=torch.finfo(states.dtype).tiny)
+    error = (states - target).abs() / scale
     # Anything that is not a number is no solution: it must not compare as small.
-    return error.nan_to_num(nan=math.inf).max().item() if error.numel() else 0.0
+    return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if error.numel() else 0.0
+
+
+def _hold(states: Tensor, initial_state: Tensor, problem: _Problem) -> Tensor:
+    """The states with those of steps of no time made bit for bit what they were before, not just to the tolerance."""
+    if problem.time_step is None:
+        return states
+    changed = problem.time_step != 0
+    if problem.reset is not None:
+        changed = changed | problem.reset
+    steps = torch.arange(1, states.shape[1] + 1, device=states.device).unsqueeze(-1)
+    last_change = torch.where(changed, steps, 0).cummax(dim=1).values
+    return torch.cat([initial_state.unsqueeze(1), states], dim=1).gather(1, last_change.expand_as(states))
 
 
 # --- Solvers --------------------------------------------------------------------------------------------------------
@@ -211,9 +228,10 @@ def _solve_newton(problem: _Problem, initial_state: Tensor, tolerance: float) ->
     states = torch.zeros_like(problem.forget_input)
     residual = math.inf
     for iteration in range(_MAX_NEWTON_ITERATIONS + 1):
-        target, jacobian = problem.linearise(_shift(states, initial_state))
-        residual = _relative_error(states, target)
-        if residual <= tolerance or iteration == _MAX_NEWTON_ITERATIONS or math.isinf(residual):
+        previous = _shift(states, initial_state)
+        target, jacobian = problem.linearise(previous)
+        residual = _residual(states, previous, target)
+        if residual <= tolerance or iteration == _MAX_NEWTON_ITERATIONS or not states.isfinite().all():
             break
         states = states + _scan_torch(jacobian, target - states, torch.zeros_like(initial_state))
     return states, iteration, residual
@@ -245,13 +263,13 @@ def _solve_chunked(problem: _Problem, initial_state: Tensor, tolerance: float) -
             trajectory.append(state)
         ends = state[:, :-1]
         # The recurrence holds inside the chunks by construction; what is left to check is the step into each chunk.
-        residual = _relative_error(trajectory[0][:, 1:], steps[0].map(lambda x: x[:, 1:]).advance(ends))
+        residual = _residual(trajectory[0][:, 1:], ends, steps[0].map(lambda x: x[:, 1:]).advance(ends))
         if residual <= tolerance or sweep == count:
             break
         mismatch = torch.where(ends.isfinite(), ends - starts[:, 1:], 0)
         product = torch.where(product.isfinite(), product, 0)[:, :-1]
         zeros = torch.zeros_like(initial_state)
-        corrections = _shift(_loop(product, mismatch, zeros), zeros)
+        corrections = _shift(_scan_loop(product, mismatch, zeros), zeros)
         corrected = ends + product * corrections
         starts = torch.cat([starts[:, :1], torch.where(corrected.isfinite(), corrected, 0)], dim=1)
     states = torch.stack(trajectory, dim=2).flatten(1, 2)[:, :length]
@@ -268,14 +286,14 @@ def _solve(problem: _Problem, initial_state: Tensor, solver: str, tolerance: flo
         problem, initial_state, tolerance
     )
     if residual <= tolerance:
-        return states, LrcScanInfo(solver, iterations, residual, False)
+        return _hold(states, initial_state, problem), LrcScanInfo(solver, iterations, residual, False)
     return _solve_sequential(problem, initial_state), LrcScanInfo(solver, iterations, residual, True)
 
 
 # --- The linear scan ------------------------------------------------------------------------------------------------
 
 
-def _loop(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+def _scan_loop(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
     """h_t = decay_t * h_{t-1} + inputs_t along axis 1: the definition."""
     state, states = initial_state, []
     for decay_t, input_t in zip(decay.unbind(1), inputs.unbind(1)):
@@ -284,33 +302,34 @@ def _loop(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
     return torch.stack(states, dim=1) if states else torch.empty_like(inputs)
 
 
-def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor) -> Tensor:
+def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool = False) -> Tensor:
     """The same in O(sqrt(T)) vectorised steps: all chunks at once, then their carries, then all chunks again."""
+    if reverse:
+        return _scan_torch(decay.flip(1), inputs.flip(1), initial_state).flip(1)
     length = inputs.shape[1]
     if length <= _SHORT_SEQUENCE:
-        return _loop(decay, inputs, initial_state)
+        return _scan_loop(decay, inputs, initial_state)
     chunk = math.isqrt(length - 1) + 1
     count = -(-length // chunk)
     padding = (0, 0, 0, count * chunk - length)
-    # Chunks become rows of the batch for `_loop`: (B, count, chunk, D) -> (B * count, chunk, D).
+    # Chunks become rows of the batch for `_scan_loop`: (B, count, chunk, D) -> (B * count, chunk, D), and back.
     decay_chunks = F.pad(decay, padding).unflatten(1, (count, chunk)).flatten(0, 1)
     input_chunks = F.pad(inputs, padding).unflatten(1, (count, chunk)).flatten(0, 1)
-    products = decay_chunks.prod(dim=1).unflatten(0, (-1, count))
+    products = decay_chunks.prod(dim=1)
     if not products.isfinite().all():
         # The carries of an expanding recurrence can be finite where the products of its factors are not.
-        return _loop(decay, inputs, initial_state)
-    ends = _loop(decay_chunks, input_chunks, torch.zeros_like(products.flatten(0, 1)))[:, -1].unflatten(0, (-1, count))
-    carries = _shift(_loop(products, ends, initial_state), initial_state)
-    return _loop(decay_chunks, input_chunks, carries.flatten(0, 1)).unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
+        return _scan_loop(decay, inputs, initial_state)
+    ends = _scan_loop(decay_chunks, input_chunks, torch.zeros_like(products))[:, -1]
+    carries = _scan_loop(products.unflatten(0, (-1, count)), ends.unflatten(0, (-1, count)), initial_state)
+    states = _scan_loop(decay_chunks, input_chunks, _shift(carries, initial_state).flatten(0, 1))
+    return states.unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
 
 
-@torch.library.custom_op("lrcssm::prefix_scan", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     if kernels := _cpu_kernels(inputs):
         return kernels.prefix_scan(decay, inputs, initial_state, reverse)
-    if reverse:
-        return _scan_torch(decay.flip(1), inputs.flip(1), initial_state).flip(1)
-    return _scan_torch(decay, inputs, initial_state).contiguous()
+    return _scan_torch(decay, inputs, initial_state, reverse).contiguous()
 
 
 @_prefix_scan_op.register_fake
@@ -375,19 +394,17 @@ def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = No
 # The operators take the parameters as one (8 or 9, D) tensor, so that autograd sees a fixed number of arguments.
 
 
-def _problem(forget_input, update_input, elastance_input, time_step, reset, weights) -> _Problem:
-    dtype = weights.dtype
-    return _Problem(
-        forget_input.to(dtype),
-        update_input.to(dtype),
-        None if elastance_input is None else elastance_input.to(dtype),
-        None if time_step is None else time_step.to(weights.real.dtype).unsqueeze(-1),
-        None if reset is None else reset.unsqueeze(-1),
-        LrcParameters(*weights.unbind()),
-    )
+def _make_problem(forget_input, update_input, elastance_input, time_step, reset, weights) -> _Problem:
+    inputs = [None if x is None else x.to(weights.dtype) for x in (forget_input, update_input, elastance_input)]
+    if time_step is not None:
+        time_step = time_step.to(weights.real.dtype).unsqueeze(-1)
+        # What a step of no time would have read must not matter, not even to the gradients, where 0 * NaN is NaN.
+        inputs = [None if x is None else torch.where((time_step == 0) & ~x.isfinite(), 0, x) for x in inputs]
+    reset = None if reset is None else reset.unsqueeze(-1)
+    return _Problem(*inputs, time_step, reset, LrcParameters(*weights.unbind()))
 
 
-@torch.library.custom_op("lrcssm::lrc_scan", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::lrc_scan", mutates_args=())
 def _lrc_scan_op(
     forget_input: Tensor,
     update_input: Tensor,
@@ -407,7 +424,7 @@ def _lrc_scan_op(
         )
         info = LrcScanInfo("sequential", 1, 0.0, False)
     else:
-        problem = _problem(forget_input, update_input, elastance_input, time_step, reset, weights)
+        problem = _make_problem(forget_input, update_input, elastance_input, time_step, reset, weights)
         states, info = _solve(problem, initial_state, solver, tolerance)
     numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
     return states.contiguous(), states[:, -1].clone(), torch.tensor(numbers, dtype=torch.float64)
@@ -416,10 +433,10 @@ def _lrc_scan_op(
 @_lrc_scan_op.register_fake
 def _(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, *options):
     states = forget_input.new_empty(forget_input.shape, dtype=weights.dtype)
-    return states, torch.empty_like(initial_state), torch.empty(4, dtype=torch.float64)
+    return states, initial_state.new_empty(initial_state.shape), torch.empty(4, dtype=torch.float64)
 
 
-@torch.library.custom_op("lrcssm::lrc_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::lrc_scan_backward", mutates_args=())
 def _lrc_scan_backward_op(
     grad_states: Tensor,
     states: Tensor,
@@ -446,12 +463,12 @@ def _lrc_scan_backward_op(
         states, forget_input, update_input = states.conj(), forget_input.conj(), update_input.conj()
         elastance_input = None if elastance_input is None else elastance_input.conj()
         initial_state, weights = initial_state.conj().resolve_conj(), weights.conj()
-    problem = _problem(forget_input, update_input, elastance_input, time_step, reset, weights)
+    problem = _make_problem(forget_input, update_input, elastance_input, time_step, reset, weights)
     p, step = problem.parameters, problem.time_step
     previous, cell = problem.evaluate(_shift(states, initial_state))
     jacobian = problem.jacobian(previous, cell)
     following = torch.cat([jacobian[:, 1:], torch.zeros_like(jacobian[:, :1])], dim=1)
-    adjoint = _prefix_scan_op(following, grad_states.contiguous(), torch.zeros_like(initial_state), True)
+    adjoint = _scan_torch(following, grad_states, torch.zeros_like(initial_state), reverse=True)
 
     grad_increment = adjoint if step is None else adjoint * step
     grad_elastance = grad_increment * cell.velocity
@@ -507,7 +524,7 @@ def _lrc_scan_autograd(ctx, grad_states, grad_final_state, grad_info):
         grad_states, states, *operands, ctx.backend
     )
     elastance = None if operands[2] is None else elastance
-    time_step = None if operands[3] is None else time_step.to(operands[3].dtype)
+    time_step = None if operands[3] is None else time_step
     return forget, update, elastance, time_step, None, initial_state, weights, None, None, None
 
 
@@ -543,13 +560,13 @@ def lrc_scan(
             solver that does not reach the tolerance is replaced by `sequential`.
         backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `auto` takes
             the kernel where it applies.
-        tolerance: largest |x_t - F(x_{t-1})| / max(1, |x_t|) accepted from a parallel solver; by default 16 units of
-            rounding of the working dtype.
+        tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver; by default 16
+            units of rounding of the working dtype.
         return_info: also return an `LrcScanInfo`.
 
     Returns:
-        states (B, T, D) and final_state (B, D), in the widest of the arguments' dtypes and at least float32; complex
-        where a parameter or the initial state is. With `return_info`, the info as a third item.
+        states (B, T, D) and final_state (B, D), in the widest dtype of inputs, parameters and initial state, at least
+        float32. With `return_info`, the info as a third item. Second derivatives are not implemented and raise.
 
     Raises:
         ValueError: a shape, solver or backend does not fit; the message names the argument and the fix.
@@ -595,18 +612,16 @@ def lrc_scan(
                 f"backend 'cpu' solves sequentially: use solver 'auto', or backend 'torch' for {solver!r}."
             )
         if not _cpu_kernels(initial_state):
-            raise ValueError(
-                f"backend 'cpu' needs numba and float32 tensors on the CPU, got {dtype} on {weights.device}"
-                f"{'' if _numba_kernels() else ' and numba is not installed (pip install numba)'}; use backend 'auto'."
-            )
+            missing = "numba" if _numba_kernels() is None else "float32 tensors on the CPU"
+            raise ValueError(f"backend 'cpu' needs {missing}, got {dtype} on {weights.device}; use backend 'auto'.")
 
     if length == 0:
         states, final_state = weights.new_empty(batch, 0, size), initial_state
         info = LrcScanInfo(solver, 0, 0.0, False)
     elif length == 1 and not return_info and not torch.is_grad_enabled():
         # Decoding: one plain step, which compilers can fuse with its neighbours.
-        final_state = _problem(*operands, weights).at(0).advance(initial_state)
-        states = final_state.unsqueeze(1)
+        states = _make_problem(*operands, weights).advance(initial_state.unsqueeze(1))
+        final_state = states[:, -1].clone()
     else:
         if tolerance is None:
             tolerance = 16 * torch.finfo(dtype).eps
@@ -649,7 +664,7 @@ def _numba_kernels() -> _Kernels | None:
     except ImportError as error:
         if error.name != "numba":
             raise
-        logger.warning("numba is not installed: the recurrence runs in plain PyTorch on the CPU. `pip install numba`.")
+        logger.warning(f"The recurrence runs in plain PyTorch on the CPU, which is slower. {error}")
         return None
     return _Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,14 +27,22 @@ try:  # Guarded, because transformers refuses a Hub model's code when an unguard
     from numba import njit, types
     from numba.extending import intrinsic
 except ImportError as error:
-    raise ImportError("The CPU kernels need numba: `pip install numba`.", name="numba") from error
+    raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
 
 
 # Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo exp's two-part reduction, and
 # never the assumption that nothing is NaN: a NaN input has to be seen in the output.
 _FAST = {"contract", "arcp", "nsz"}
-_kernel = functools.partial(njit, nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 _inline = functools.partial(njit, inline="always", fastmath=_FAST, error_model="numpy")
+
+
+def _kernel(function):
+    compile_options = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **compile_options)(function)
+    except RuntimeError:  # There is no folder that a cache could be written to.
+        return njit(**compile_options)(function)
+
 
 # Channels per vector: blocks are cut at multiples of it.
 _VECTOR = 16
@@ -90,14 +99,26 @@ def _tanh(x):
 _WIDTH = 256
 
 
+# Rows of the scratch buffer: the fields of `LrcParameters` in their order, ...
+_SCALE, _SHIFT, _FORGET_WEIGHT, _UPDATE_WEIGHT, _CONDUCTANCE, _POTENTIAL, _ELASTANCE_WEIGHT, _BIAS, _ELASTANCE_SHIFT = (
+    row * _WIDTH for row in range(9)
+)
+# ... one step's operands, ...
+_STATE, _FORGET, _UPDATE, _ELASTANCE = (row * _WIDTH for row in range(9, 13))
+_FORWARD_SIZE = 13 * _WIDTH
+# ... and for the adjoint, what it carries, reads and writes, and the nine sums of the parameters' gradients.
+_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = (row * _WIDTH for row in range(13, 19))
+_SUMS, _BACKWARD_SIZE = 19 * _WIDTH, 28 * _WIDTH
+
+
 @_inline()
 def _cell(s, j, state, forget_input, update_input, elastance_input):
-    """`recurrence._cell` for one channel; the first rows of the scratch are the fields of `LrcParameters`."""
-    activation = _sigmoid(s[j] * (state - s[_WIDTH + j]))
-    forget_gate = _sigmoid(s[4 * _WIDTH + j] + forget_input + s[2 * _WIDTH + j] * activation)
-    update = _tanh(s[4 * _WIDTH + j] + update_input + s[3 * _WIDTH + j] * activation)
-    velocity = s[5 * _WIDTH + j] * update - forget_gate * state
-    return activation, forget_gate, update, velocity, s[6 * _WIDTH + j] * state + s[7 * _WIDTH + j] + elastance_input
+    """`recurrence._cell` for channel j of the scratch buffer s."""
+    activation = _sigmoid(s[_SCALE + j] * (state - s[_SHIFT + j]))
+    forget_gate = _sigmoid(s[_CONDUCTANCE + j] + forget_input + s[_FORGET_WEIGHT + j] * activation)
+    update = _tanh(s[_CONDUCTANCE + j] + update_input + s[_UPDATE_WEIGHT + j] * activation)
+    velocity = s[_POTENTIAL + j] * update - forget_gate * state
+    return activation, forget_gate, update, velocity, s[_ELASTANCE_WEIGHT + j] * state + s[_BIAS + j] + elastance_input
 
 
 @_inline()
@@ -108,21 +129,29 @@ def _elastance(s, j, drive, symmetric):
         slope = elastance * (_ONE - elastance)
         return elastance, slope, slope
     else:
-        upper, lower = _sigmoid(drive + s[8 * _WIDTH + j]), _sigmoid(drive - s[8 * _WIDTH + j])
+        upper, lower = _sigmoid(drive + s[_ELASTANCE_SHIFT + j]), _sigmoid(drive - s[_ELASTANCE_SHIFT + j])
         upper_slope, lower_slope = upper * (_ONE - upper), lower * (_ONE - lower)
         return upper - lower, upper_slope - lower_slope, upper_slope + lower_slope
 
 
 @_inline()
 def _load(s, row, array, offset, count):
-    source, target = array[offset : offset + count], s[row * _WIDTH : row * _WIDTH + count]
+    source, target = array[offset : offset + count], s[row : row + count]
     for j in range(count):
         target[j] = source[j]
 
 
 @_inline()
+def _zero_what_is_not_finite(s, row, count):
+    target = s[row : row + count]
+    for j in range(count):
+        if not math.isfinite(target[j]):
+            target[j] = 0
+
+
+@_inline()
 def _store(s, row, array, offset, count):
-    source, target = s[row * _WIDTH : row * _WIDTH + count], array[offset : offset + count]
+    source, target = s[row : row + count], array[offset : offset + count]
     for j in range(count):
         target[j] = source[j]
 
@@ -142,13 +171,7 @@ def _block(item, blocks, width, size):
     return item // blocks, first, min(width, size - first)
 
 
-# Scratch rows of the kernels after the nine for the parameters.
-_STATE, _FORGET, _UPDATE, _ELASTANCE = 9, 10, 11, 12
-_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = 13, 14, 15, 16, 17, 18
-_SUMS, _ROWS = 19, 28
-
-
-@_kernel()
+@_kernel
 def _lrc_forward(
     forget, update, elastance, time_step, reset, initial, w, symmetric, states, blocks, width, start, stop
 ):
@@ -156,31 +179,29 @@ def _lrc_forward(
     (c, c_b, c_t), (d, d_b, d_t), (q, q_b, q_t) = forget, update, elastance
     (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t) = time_step, reset
     steps, size = states.shape[1], states.shape[2]
-    s = np.zeros(13 * _WIDTH, np.float32)
+    s = np.zeros(_FORWARD_SIZE, np.float32)
     for item in range(start, stop):
         b, first, count = _block(item, blocks, width, size)
         for k in range(len(w)):
-            _load(s, k, w[k], first, count)
+            _load(s, k * _WIDTH, w[k], first, count)
         _load(s, _STATE, initial[b], first, count)
         for t in range(steps):
             if fresh[b * fresh_b + t * fresh_t]:
-                s[_STATE * _WIDTH : (_STATE + 1) * _WIDTH] = 0
+                s[_STATE : _STATE + _WIDTH] = 0
             step = dt[b * dt_b + t * dt_t]
             if step != 0:
                 _load(s, _FORGET, c, b * c_b + t * c_t + first, count)
                 _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
                 _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
                 for j in range(count):
-                    x = s[_STATE * _WIDTH + j]
-                    _, _, _, velocity, drive = _cell(
-                        s, j, x, s[_FORGET * _WIDTH + j], s[_UPDATE * _WIDTH + j], s[_ELASTANCE * _WIDTH + j]
-                    )
+                    x = s[_STATE + j]
+                    _, _, _, velocity, drive = _cell(s, j, x, s[_FORGET + j], s[_UPDATE + j], s[_ELASTANCE + j])
                     eps, _, _ = _elastance(s, j, drive, symmetric)
-                    s[_STATE * _WIDTH + j] = x + step * eps * velocity
+                    s[_STATE + j] = x + step * eps * velocity
             _store(s, _STATE, states[b, t], first, count)
 
 
-@_kernel()
+@_kernel
 def _lrc_backward(
     grads, states, forget, update, elastance, time_step, reset, initial, w, symmetric,
     grad_forget, grad_update, grad_elastance, grad_time_step, grad_initial, grad_w, blocks, width, start, stop,
@@ -190,16 +211,16 @@ def _lrc_backward(
     (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t), (g, g_b, g_t) = time_step, reset, grads
     gq, gq_b, gq_t = grad_elastance
     steps, size = states.shape[1], states.shape[2]
-    s = np.zeros(_ROWS * _WIDTH, np.float32)
+    s = np.zeros(_BACKWARD_SIZE, np.float32)
     for item in range(start, stop):
         b, first, count = _block(item, blocks, width, size)
         for k in range(len(w)):
-            _load(s, k, w[k], first, count)
-        s[_ADJOINT * _WIDTH : (_ADJOINT + 1) * _WIDTH] = 0
+            _load(s, k * _WIDTH, w[k], first, count)
+        s[_ADJOINT : _ADJOINT + _WIDTH] = 0
         for t in range(steps - 1, -1, -1):
             is_reset = fresh[b * fresh_b + t * fresh_t]
             if is_reset:
-                s[_STATE * _WIDTH : (_STATE + 1) * _WIDTH] = 0
+                s[_STATE : _STATE + _WIDTH] = 0
             elif t == 0:
                 _load(s, _STATE, initial[b], first, count)
             else:
@@ -209,55 +230,56 @@ def _lrc_backward(
             _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
             _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
             _load(s, _GRAD_STATE, g, b * g_b + t * g_t + first, count)
+            if step == 0:
+                for row in (_FORGET, _UPDATE, _ELASTANCE):
+                    _zero_what_is_not_finite(s, row, count)
             for j in range(count):
-                x = s[_STATE * _WIDTH + j]
-                n, gate, tanh_z, velocity, drive = _cell(
-                    s, j, x, s[_FORGET * _WIDTH + j], s[_UPDATE * _WIDTH + j], s[_ELASTANCE * _WIDTH + j]
-                )
+                x = s[_STATE + j]
+                n, gate, tanh_z, velocity, drive = _cell(s, j, x, s[_FORGET + j], s[_UPDATE + j], s[_ELASTANCE + j])
                 eps, eps_slope, shift_slope = _elastance(s, j, drive, symmetric)
-                lam = s[_ADJOINT * _WIDTH + j] + s[_GRAD_STATE * _WIDTH + j]
+                lam = s[_ADJOINT + j] + s[_GRAD_STATE + j]
                 grad_eps = lam * step * velocity
                 grad_velocity = lam * step * eps
                 grad_drive = grad_eps * eps_slope
                 grad_f = -grad_velocity * x * gate * (_ONE - gate)
-                grad_z = grad_velocity * s[5 * _WIDTH + j] * (_ONE - tanh_z * tanh_z)
-                grad_activation = grad_f * s[2 * _WIDTH + j] + grad_z * s[3 * _WIDTH + j]
+                grad_z = grad_velocity * s[_POTENTIAL + j] * (_ONE - tanh_z * tanh_z)
+                grad_activation = grad_f * s[_FORGET_WEIGHT + j] + grad_z * s[_UPDATE_WEIGHT + j]
                 grad_synapse = grad_activation * n * (_ONE - n)
-                s[_GRAD_TIME * _WIDTH + j] = lam * eps * velocity
-                s[_GRAD_FORGET * _WIDTH + j] = grad_f
-                s[_GRAD_UPDATE * _WIDTH + j] = grad_z
-                s[_GRAD_ELASTANCE * _WIDTH + j] = grad_drive
-                s[_SUMS * _WIDTH + j] += grad_synapse * (x - s[_WIDTH + j])
-                s[(_SUMS + 1) * _WIDTH + j] -= grad_synapse * s[j]
-                s[(_SUMS + 2) * _WIDTH + j] += grad_f * n
-                s[(_SUMS + 3) * _WIDTH + j] += grad_z * n
-                s[(_SUMS + 4) * _WIDTH + j] += grad_f + grad_z
-                s[(_SUMS + 5) * _WIDTH + j] += grad_velocity * tanh_z
-                s[(_SUMS + 6) * _WIDTH + j] += grad_drive * x
-                s[(_SUMS + 7) * _WIDTH + j] += grad_drive
+                s[_GRAD_TIME + j] = lam * eps * velocity
+                s[_GRAD_FORGET + j] = grad_f
+                s[_GRAD_UPDATE + j] = grad_z
+                s[_GRAD_ELASTANCE + j] = grad_drive
+                s[_SUMS + _SCALE + j] += grad_synapse * (x - s[_SHIFT + j])
+                s[_SUMS + _SHIFT + j] -= grad_synapse * s[_SCALE + j]
+                s[_SUMS + _FORGET_WEIGHT + j] += grad_f * n
+                s[_SUMS + _UPDATE_WEIGHT + j] += grad_z * n
+                s[_SUMS + _CONDUCTANCE + j] += grad_f + grad_z
+                s[_SUMS + _POTENTIAL + j] += grad_velocity * tanh_z
+                s[_SUMS + _ELASTANCE_WEIGHT + j] += grad_drive * x
+                s[_SUMS + _BIAS + j] += grad_drive
                 if symmetric is not None:
-                    s[(_SUMS + 8) * _WIDTH + j] += grad_eps * shift_slope
-                s[_ADJOINT * _WIDTH + j] = (
-                    lam - grad_velocity * gate + grad_synapse * s[j] + grad_drive * s[6 * _WIDTH + j]
+                    s[_SUMS + _ELASTANCE_SHIFT + j] += grad_eps * shift_slope
+                s[_ADJOINT + j] = (
+                    lam - grad_velocity * gate + grad_synapse * s[_SCALE + j] + grad_drive * s[_ELASTANCE_WEIGHT + j]
                 )
             _store(s, _GRAD_FORGET, grad_forget[b, t], first, count)
             _store(s, _GRAD_UPDATE, grad_update[b, t], first, count)
             _store(s, _GRAD_ELASTANCE, gq, b * gq_b + t * gq_t + first, count)
             if grad_time_step is not None:
-                grad_time_step[item % blocks, b, t] = _sum(s[_GRAD_TIME * _WIDTH : _GRAD_TIME * _WIDTH + count])
+                grad_time_step[item % blocks, b, t] = _sum(s[_GRAD_TIME : _GRAD_TIME + count])
             if is_reset:
-                s[_ADJOINT * _WIDTH : (_ADJOINT + 1) * _WIDTH] = 0
+                s[_ADJOINT : _ADJOINT + _WIDTH] = 0
             if t % _FLUSH_STEPS == 0:
                 for k in range(grad_w.shape[1]):
                     for j in range(count):
-                        grad_w[b, k, first + j] += s[(_SUMS + k) * _WIDTH + j]
-                s[_SUMS * _WIDTH :] = 0
+                        grad_w[b, k, first + j] += s[_SUMS + k * _WIDTH + j]
+                s[_SUMS:] = 0
         _store(s, _ADJOINT, grad_initial[b], first, count)
 
 
-@_kernel()
+@_kernel
 def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, stop):
-    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`."""
+    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; arguments as in `_lrc_forward`."""
     (a, a_b, a_t), (u, u_b, u_t) = decay, inputs
     steps, size = states.shape[1], states.shape[2]
     state = np.empty(width, np.float32)
@@ -290,7 +312,8 @@ def _rows(tensor: Tensor) -> tuple[np.ndarray, int, int]:
 def _optional(tensor: Tensor | None, default: float | bool, batch: int, steps: int, *size: int):
     """The rows of an optional operand; absent, those of one repeated default."""
     if tensor is None:
-        tensor = torch.full((1, 1, *size), default).expand(batch, steps, *size)
+        dtype = torch.bool if isinstance(default, bool) else torch.float32
+        tensor = torch.full((1, 1, *size), default, dtype=dtype, device="cpu").expand(batch, steps, *size)
     return _rows(tensor)
 
 
@@ -299,12 +322,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="lrcssm")
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pool but not its threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def _run(kernel, arguments: tuple, batch: int, steps: int, size: int, blocks: int, width: int) -> None:
-    items = batch * blocks
-    threads = min(torch.get_num_threads(), items) if batch * steps * size >= _PARALLEL_ELEMENTS else 1
-    if threads == 1:
+    """Calls the kernel on all work items, each one batch row of `width` channels, shared among torch's threads."""
+    items, threads = batch * blocks, torch.get_num_threads()
+    if min(threads, items) == 1 or batch * steps * size < _PARALLEL_ELEMENTS:
         return kernel(*arguments, blocks, width, 0, items)
-    bounds = [items * i // threads for i in range(threads + 1)]
+    bounds = sorted({items * i // threads for i in range(threads + 1)})
     futures = [_pool(threads).submit(kernel, *arguments, blocks, width, *pair) for pair in zip(bounds, bounds[1:])]
     for future in futures:
         future.result()
@@ -313,9 +341,8 @@ def _run(kernel, arguments: tuple, batch: int, steps: int, size: int, blocks: in
 def _partition(batch: int, size: int) -> tuple[int, int]:
     """Channel blocks per batch row and their width, such that the threads share the work evenly."""
     threads = torch.get_num_threads()
-    blocks = min(threads // math.gcd(batch, threads), -(-size // _VECTOR))
-    width = -(-size // (blocks * _VECTOR)) * _VECTOR
-    width = min(width, _WIDTH)
+    blocks = max(1, min(threads // math.gcd(batch, threads), -(-size // _VECTOR)))
+    width = min(max(1, -(-size // (blocks * _VECTOR))) * _VECTOR, _WIDTH)
     return -(-size // width), width
 
 
@@ -333,6 +360,7 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
         _optional(reset, False, batch, steps),
         initial_state.detach().contiguous().numpy(),
         weights.detach().contiguous().numpy(),
+        # None and True are two types to numba, and so two compilations without a branch in the inner loop.
         True if weights.shape[0] == len(LrcParameters._fields) else None,
     )
 
@@ -340,7 +368,7 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
 def lrc_scan_cpu(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> Tensor:
     """The states (B, T, D); arguments as in `recurrence._lrc_scan_op`."""
     batch, steps, size = forget_input.shape
-    states = torch.empty(batch, steps, size)
+    states = initial_state.new_empty(batch, steps, size)
     operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
     blocks, width = _partition(batch, size)
     _run(_lrc_forward, (*operands, states.numpy()), batch, steps, size, blocks, width)
@@ -357,10 +385,10 @@ def lrc_scan_backward_cpu(
     grad_forget, grad_update = torch.empty_like(states), torch.empty_like(states)
     # Without an elastance input its gradient is written over and over into one row that stays in cache; one row for
     # each batch row, so that threads do not share it.
-    grad_elastance = torch.empty(batch, 1 if elastance_input is None else steps, size)
-    grad_time_step = None if time_step is None else torch.empty(blocks, batch, steps)
+    grad_elastance = states.new_empty(batch, 1 if elastance_input is None else steps, size)
+    grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = torch.empty_like(initial_state)
-    grad_weights = torch.zeros(batch, *weights.shape, dtype=torch.float64)
+    grad_weights = weights.new_zeros(batch, *weights.shape, dtype=torch.float64)
     results = (
         grad_forget.numpy(),
         grad_update.numpy(),
@@ -374,8 +402,8 @@ def lrc_scan_backward_cpu(
     return (
         grad_forget.to(forget_input.dtype),
         grad_update.to(update_input.dtype),
-        torch.empty(0) if elastance_input is None else grad_elastance.to(elastance_input.dtype),
-        torch.empty(0) if grad_time_step is None else grad_time_step.sum(0),
+        states.new_empty(0) if elastance_input is None else grad_elastance.to(elastance_input.dtype),
+        states.new_empty(0) if time_step is None else grad_time_step.sum(0).to(time_step.dtype),
         grad_initial,
         grad_weights.sum(0).to(weights.dtype),
     )
@@ -384,7 +412,7 @@ def lrc_scan_backward_cpu(
 def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     """The states (B, T, D) of the linear recurrence; arguments as in `recurrence.prefix_scan`."""
     batch, steps, size = inputs.shape
-    states = torch.empty(batch, steps, size)
+    states = initial_state.new_empty(batch, steps, size)
     blocks, width = _partition(batch, size)
     initial = initial_state.detach().contiguous().numpy()
     arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), reverse)

@@ -1,5 +1,5 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""The choices behind the gated block's defaults: each changed on its own, same data, steps and size, several seeds.
+"""The choices behind the gated block's defaults: each changed on its own, same data, steps and sizes, several seeds.
 
     python scripts/compare_blocks.py
 
@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = "hidden_size=192,num_hidden_layers=4,intermediate_size=256"
+BASE = "hidden_size=192,num_hidden_layers=4,intermediate_size=256,time_constant_max=64"
 VARIANTS = {
-    "gated block, the defaults": "",
+    "gated block, time constants 2.5 to 64": "",
     "sensory sigmoid": "sensory_activation=sigmoid",
     "no elastance input": "elastance_input=False",
-    "time constants 2.5 to 16": "time_constant_max=16",
+    "time constants 2.5 to 16 (the default)": "time_constant_max=16",
     "time constants 2.5 to 512": "time_constant_max=512",
     "symmetric elastance": "elastance=symmetric",
     "no state in the gates (linear)": "state_dependence=input",
@@ -42,7 +42,7 @@ def train(overrides: str, seed: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "training" / "pretrain.py", "--output_dir", folder, "--seed", str(seed)]
         command += ["--max_train_steps", str(steps), "--eval_steps", str(steps), "--learning_rate", "3e-3"]
-        command += ["--config_overrides", ",".join(filter(None, [SIZE, overrides]))]
+        command += ["--config_overrides", ",".join(filter(None, [BASE, overrides]))]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
@@ -85,11 +85,12 @@ def main() -> None:
         f"{torch.get_num_threads()} CPU threads, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    results = {"steps": args.steps, "size": SIZE, "environment": environment, "runs": {}}
+    settings = {"steps": args.steps, "base": BASE, "environment": environment}
+    results = {**settings, "runs": {}}
     if path.exists():
         results = json.loads(path.read_text())
-        if (results["steps"], results["size"]) != (args.steps, SIZE):
-            parser.error(f"{path} holds other steps or sizes; give another --output_dir.")
+        if any(results[name] != value for name, value in settings.items()):
+            parser.error(f"{path} was made with other settings; give another --output_dir.")
     todo = [(seed, name) for seed in args.seeds for name in VARIANTS]
     for seed, name in tqdm(todo, desc="Runs"):
         runs = results["runs"].setdefault(name, {})

@@ -2,6 +2,8 @@
 """Every solver and backend against the definition in float64: states and all gradients."""
 
 import functools
+import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +22,8 @@ def numba_missing():
 
 
 needs_numba = pytest.mark.skipif(numba_missing(), reason="numba is not installed")
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_numba)]
+WAYS = [(solver, "torch") for solver in SOLVERS] + [pytest.param("auto", "cpu", marks=needs_numba)]
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
@@ -121,7 +125,7 @@ def test_threads_do_not_change_the_result():
             assert relative_error(gradient, expected) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_solved_in_float32(dtype, backend):
     problem = random_problem(2, 50, 6, full=True)
@@ -131,26 +135,47 @@ def test_low_precision_inputs_are_solved_in_float32(dtype, backend):
     assert states.dtype == final_state.dtype == torch.float32
     expected, _ = lrc_scan(*rounded[:3], **rounded[3], backend="torch")
     assert torch.allclose(states, expected, atol=1e-5)
-    tensors = leaves(forget_input, update_input, parameters, options)
-    for tensor, gradient in zip(tensors, torch.autograd.grad(states.sum(), tensors)):
-        assert gradient.dtype == dtype and gradient.shape == tensor.shape
+    gradients = torch.autograd.grad(states.sum(), leaves(forget_input, update_input, parameters, options))
+    expected_gradients = torch.autograd.grad(expected.sum(), leaves(*rounded))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient.float(), expected_gradient) < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_time_step_leaves_the_state_bit_for_bit(solver, dtype):
-    forget_input, update_input, parameters, options = cast(random_problem(2, 90, 5, full=True, scale=2), dtype)
-    time_step = options["time_step"].detach().clone()
-    time_step[:, 20:70] = 0
-    options |= {"time_step": time_step, "reset": None}
-    states, final_state = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
-    assert torch.equal(states[:, 20:70], states[:, 19:20].expand(-1, 50, -1))
-    assert torch.equal(final_state, states[:, -1])
-    # What a step of no time would have read does not matter, not even if it is not a number.
-    forget_input = forget_input.detach().clone()
-    forget_input[:, 20:70] = float("nan")
-    again, _ = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
-    assert torch.allclose(again, states, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(("solver", "backend"), WAYS)
+def test_zero_time_step_leaves_the_state_bit_for_bit(solver, backend):
+    for seed in range(12):
+        problem = cast(random_problem(2, 150, 8, full=True, scale=0.7, seed=seed), torch.float32)
+        forget_input, update_input, parameters, options = problem
+        time_step = options["time_step"].detach().clone()
+        time_step[0, 20:70], time_step[1, 100:] = 0, 0
+        options |= {"time_step": time_step}
+        scan = functools.partial(lrc_scan, parameters=parameters, solver=solver, backend=backend, **options)
+        states, final_state = scan(forget_input, update_input)
+        previous = torch.cat([options["initial_state"][:, None], states[:, :-1]], 1)
+        held = (time_step == 0) & ~options["reset"]
+        assert torch.equal(states[held], previous[held])
+        assert (states[(time_step == 0) & options["reset"]] == 0).all()
+        assert torch.equal(final_state, states[:, -1])
+
+
+@pytest.mark.parametrize(("solver", "backend"), WAYS)
+def test_what_a_step_of_no_time_would_have_read_does_not_matter(solver, backend):
+    """Not even if it is not a number, and neither to the states nor to any gradient."""
+    problem = cast(random_problem(2, 60, 5, full=True), torch.float32)
+    masked = problem[3]["time_step"] == 0
+    scan = functools.partial(lrc_scan, solver=solver, backend=backend)
+    results = []
+    for filling in (0.0, float("nan"), float("inf")):
+        filled = cast(problem, torch.float32)
+        with torch.no_grad():
+            for tensor in (filled[0], filled[1], filled[3]["elastance_input"]):
+                tensor[masked] = filling
+        results.append(outputs_and_gradients(scan, filled, torch.ones(2, 60, 5)))
+    for states, gradients in results[1:]:
+        assert torch.allclose(states, results[0][0], atol=1e-6)
+        for gradient, expected in zip(gradients, results[0][1]):
+            assert torch.allclose(gradient, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -166,7 +191,7 @@ def test_reset_starts_a_new_document(solver):
     assert (gradient[:, :31] == 0).all() and (gradient[:, 31:] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_in_pieces_equals_the_whole(backend):
     forget_input, update_input, parameters, _ = cast(random_problem(2, 60, 5), torch.float32)
     whole, final_state = lrc_scan(forget_input, update_input, parameters, backend=backend, solver="auto")
@@ -200,27 +225,25 @@ def test_newton_overflows_and_the_answer_is_still_right():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", ["newton", "chunked"])
-def test_adversarial_search_finds_no_unconverged_answer(solver, dtype):
-    """Random neurons with weights of order up to 10: the returned states obey the recurrence to rounding.
-
-    A channel is one draw. What rounding amounts to is what the definition itself leaves when it is evaluated on its own
-    states again, plus the solver's tolerance.
-    """
-    draws, worst = 0, 0.0
+@pytest.mark.parametrize(("solver", "backend"), [("newton", "torch"), ("chunked", "torch"), WAYS[-1]])
+def test_adversarial_search_finds_no_unconverged_answer(solver, backend, dtype):
+    """Random neurons with weights of order up to 10, each solved on its own: the returned states obey the recurrence to
+    rounding, in units of the states themselves. Thousands of draws over the parameters of this test."""
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("the kernel is for float32")
+    accepted, fell_back, worst = 0, 0, 0.0
     generator = torch.Generator().manual_seed(0)
-    for trial in range(24):
+    for trial in range(600):
         scale = 10 ** torch.empty(1).uniform_(-1, 1, generator=generator).item()
-        steps = int(torch.randint(2, 200, (1,), generator=generator))
-        problem = random_problem(
-            1, steps, 128, symmetric=bool(trial % 2), full=bool(trial // 2 % 2), scale=scale, seed=trial
-        )
+        steps = int(torch.randint(34, 80, (1,), generator=generator))
+        full = bool(trial // 2 % 2)
+        problem = random_problem(1, steps, 2, symmetric=bool(trial % 2), full=full, scale=scale, seed=trial)
         forget_input, update_input, parameters, options = cast(problem, dtype)
         with torch.no_grad():
-            states, _ = lrc_scan(forget_input, update_input, parameters, **options, solver=solver)
-            initial_state = options.get("initial_state", states.new_zeros(1, 128))
-            previous = torch.cat([initial_state[:, None], states[:, :-1]], 1)
-            if options:
+            scan = functools.partial(lrc_scan, solver=solver, backend=backend, return_info=True)
+            states, _, info = scan(forget_input, update_input, parameters, **options)
+            previous = torch.cat([options.get("initial_state", states.new_zeros(1, 2))[:, None], states[:, :-1]], 1)
+            if full:
                 previous = torch.where(options["reset"][..., None], 0, previous)
             target = lrc_step(
                 previous,
@@ -228,14 +251,41 @@ def test_adversarial_search_finds_no_unconverged_answer(solver, dtype):
                 update_input,
                 parameters,
                 elastance_input=options.get("elastance_input"),
-                time_step=options["time_step"][..., None] if options else None,
+                time_step=options["time_step"][..., None] if full else None,
             )
+        violation = (states - target).abs() / torch.maximum(states.abs(), previous.abs()).clamp(min=1e-30)
         assert states.isfinite().all()
-        violation = (states - target).abs() / states.abs().clamp(min=1)
         worst = max(worst, violation.max().item() / torch.finfo(dtype).eps)
-        draws += 128
-    assert draws >= 3000
-    assert worst <= 32, f"{solver} left {worst:.0f} units of rounding"
+        if scale > 3:
+            fell_back += info.fell_back
+            accepted += not info.fell_back
+    assert accepted > 20
+    assert fell_back > 20 or solver != "newton"
+    # The kernel computes its sigmoids in another way than torch; weights of order 10 make more of the difference.
+    assert worst <= (2000 if backend == "cpu" else 32), f"{solver} left {worst:.0f} units of rounding"
+
+
+@pytest.mark.parametrize("solver", ["newton", "chunked"])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_parallel_solvers_need_few_iterations_where_the_recurrence_contracts(solver, full, symmetric):
+    """Newton's speed, not just the fallback's answer: 2,000 steps, of which chunked makes 45 chunks."""
+    forget_input, update_input, parameters, options = random_problem(1, 2000, 4, full=full, scale=0.2)
+    if symmetric:
+        parameters = parameters._replace(elastance_shift=torch.full((4,), 1.0, dtype=torch.float64))
+    *_, info = lrc_scan(forget_input, update_input, parameters, **options, solver=solver, return_info=True)
+    assert not info.fell_back and info.iterations <= 6
+
+
+@pytest.mark.parametrize("solver", ["newton", "chunked"])
+def test_slow_neurons_are_not_taken_for_finished(solver):
+    """States that stay tiny for thousands of steps: a residual measured against 1 would accept a guess of zero."""
+    forget_input, update_input, parameters, _ = cast(random_problem(1, 4000, 4, scale=0.5), torch.float32)
+    for slow in ({"time_step": torch.full((1, 4000), 4e-7)}, {"elastance_input": torch.full((1, 4000, 4), -16.0)}):
+        states, _ = lrc_scan(forget_input, update_input, parameters, **slow, solver=solver)
+        expected = definition(forget_input, update_input, parameters, **slow)
+        assert 0 < expected.abs().max() < 0.01
+        assert ((states - expected).abs().max() / expected.abs().max()) < 1e-3
 
 
 def test_info_and_explicit_tolerance():
@@ -246,6 +296,7 @@ def test_info_and_explicit_tolerance():
         assert loose.solver == strict.solver == solver and not strict.fell_back
         assert 0 < loose.iterations < strict.iterations
         assert strict.residual <= 16 * torch.finfo(torch.float64).eps < loose.residual <= 1e-2
+        assert not loose.fell_back
     *_, info = lrc_scan(forget_input, update_input, parameters, backend="torch", return_info=True)
     assert info.solver == "chunked"
 
@@ -293,26 +344,126 @@ def test_backward_keeps_inputs_and_states_only():
     assert kept.keys() == {forget_input.data_ptr(), update_input.data_ptr(), states.data_ptr()}
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba)])
-def test_operators_are_what_compilers_expect(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time_dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_operators_are_what_compilers_expect(backend, time_dtype):
     """Schemas, fake tensors and autograd registration, as `torch.compile` relies on them."""
     forget_input, update_input, parameters, options = cast(random_problem(2, 40, 5, full=True), torch.float32)
     weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
-    arguments = (
+    operands = (
         forget_input,
         update_input,
         options["elastance_input"],
-        options["time_step"],
+        options["time_step"].detach().to(time_dtype).requires_grad_(),
         options["reset"],
-        options["initial_state"],
+        torch.randn(5, 2).t().requires_grad_(),
         weights,
-        "auto",
-        backend,
-        1e-6,
     )
-    torch.library.opcheck(recurrence._lrc_scan_op, arguments)
+    torch.library.opcheck(recurrence._lrc_scan_op, (*operands, "auto", backend, 1e-6))
+    states = recurrence._lrc_scan_op(*operands, "auto", backend, 1e-6)[0].detach()
+    detached = [operand.detach() for operand in operands]
+    torch.library.opcheck(recurrence._lrc_scan_backward_op, (torch.ones_like(states), states, *detached, backend))
     scan_arguments = (torch.rand(2, 40, 5, requires_grad=True), forget_input, options["initial_state"], True)
     torch.library.opcheck(recurrence._prefix_scan_op, scan_arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_some_inputs_and_of_the_final_state_alone(backend):
+    problem = cast(random_problem(2, 40, 5, full=True), torch.float32)
+    forget_input, update_input, parameters, options = problem
+    _, final_state = lrc_scan(forget_input, update_input, parameters, **options, backend=backend)
+    expected = torch.autograd.grad(final_state.square().sum(), leaves(*problem))
+    for index, tensor in enumerate(leaves(*problem)):
+        for other in leaves(*problem):
+            other.requires_grad_(other is tensor)
+        _, final_state = lrc_scan(forget_input, update_input, parameters, **options, backend=backend)
+        (gradient,) = torch.autograd.grad(final_state.square().sum(), tensor)
+        assert torch.equal(gradient, expected[index])
+        for other in leaves(forget_input, update_input, parameters, options):
+            other.requires_grad_(True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_shapes_and_integer_time_steps(backend):
+    parameters = LrcParameters(*torch.randn(8, 3))
+    for batch, steps, size in ((0, 5, 3), (2, 0, 3), (2, 5, 0)):
+        inputs = torch.randn(batch, steps, size)
+        p = LrcParameters(*torch.randn(8, size))
+        states, final_state = lrc_scan(inputs, inputs, p, backend=backend)
+        assert states.shape == (batch, steps, size) and final_state.shape == (batch, size)
+    inputs, steps = torch.randn(2, 40, 3), torch.randint(0, 3, (2, 40))
+    states, _ = lrc_scan(inputs, inputs, parameters, time_step=steps, backend=backend)
+    assert torch.equal(states, lrc_scan(inputs, inputs, parameters, time_step=steps.float(), backend=backend)[0])
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cpu_kernel_does_not_depend_on_the_default_dtype(dtype):
+    problem = cast(random_problem(2, 40, 5, full=True), torch.float32)
+    cotangent = torch.ones(2, 40, 5)
+    scan = functools.partial(lrc_scan, backend="cpu")
+    expected, expected_gradients = outputs_and_gradients(scan, problem, cotangent)
+    torch.set_default_dtype(dtype)
+    try:
+        states, gradients = outputs_and_gradients(scan, problem, cotangent)
+        assert prefix_scan(problem[0], problem[1]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(states, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients))
+
+
+def test_two_copies_of_the_module_live_side_by_side():
+    """As with two Hub models' code in one process."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"lrcssm_hf.{name}", recurrence.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    first = load("copy_1")
+    problem = random_problem(2, 40, 3)
+    states, _ = first.lrc_scan(*problem[:3])
+    second = load("copy_2")
+    for module in (first, second):
+        assert torch.equal(module.lrc_scan(*problem[:3])[0], states)
+    states.sum().backward()
+    assert problem[0].grad.isfinite().all()
+
+
+ALONE = {
+    "no folder for a cache": """
+import numba.core.caching
+numba.core.caching.CompileResultCacheImpl._locator_classes = []
+""",
+    "a forked process": """
+import os
+scan()
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    scan()
+    os._exit(0)
+""",
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("situation", ALONE)
+def test_cpu_kernel_in_a_process_of_its_own(situation):
+    script = f"""
+import torch
+torch.set_num_threads(2)
+def scan():
+    from lrcssm_hf import LrcParameters, lrc_scan
+    inputs = torch.zeros(2, 1000, 32)
+    return lrc_scan(inputs, inputs, LrcParameters(*torch.ones(8, 32)), backend="cpu")
+{ALONE[situation]}
+assert scan()[0].isfinite().all()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 # --- prefix_scan ----------------------------------------------------------------------------------------------------
@@ -414,8 +565,8 @@ def test_without_numba_the_torch_path_runs_and_says_so_once(monkeypatch, caplog)
             for _ in range(3):
                 *_, info = lrc_scan(forget_input, update_input, parameters, return_info=True)
         assert info.solver == "chunked"
-        assert len([record for record in caplog.records if "numba is not installed" in record.message]) == 1
-        with pytest.raises(ValueError, match="numba is not installed"):
+        assert len([record for record in caplog.records if "need numba" in record.message]) == 1
+        with pytest.raises(ValueError, match="needs numba"):
             lrc_scan(forget_input, update_input, parameters, backend="cpu")
     finally:
         recurrence._numba_kernels.cache_clear()
