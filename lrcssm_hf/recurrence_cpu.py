@@ -387,7 +387,7 @@ def lrc_scan_backward_cpu(
     # each batch row, so that threads do not share it.
     grad_elastance = states.new_empty(batch, 1 if elastance_input is None else steps, size)
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
-    grad_initial = torch.empty_like(initial_state)
+    grad_initial = initial_state.new_empty(batch, size)
     grad_weights = weights.new_zeros(batch, *weights.shape, dtype=torch.float64)
     results = (
         grad_forget.numpy(),

@@ -7,7 +7,16 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from accelerate.utils import send_to_device
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from lrcssm_hf import (
     LrcSSMConfig,
@@ -16,6 +25,7 @@ from lrcssm_hf import (
     LrcSSMForSequenceModeling,
     LrcSSMModel,
 )
+from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
 
 
 VARIANTS = {
@@ -117,11 +127,14 @@ def test_padding_in_the_middle_and_after_a_cached_prompt(model, ids):
 def test_padding_gets_no_gradient(ids):
     model = make_model()
     padded, mask = pad(ids, "right")
-    embeds = model.get_input_embeddings()(padded).detach().requires_grad_()
+    embeds = model.get_input_embeddings()(padded).detach()
+    embeds[mask == 0] = float("nan")
+    embeds.requires_grad_()
     labels = padded.masked_fill(mask == 0, -100)
     model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
     assert (embeds.grad[mask == 0] == 0).all()
     assert (embeds.grad[0, :-1] != 0).any(-1).all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 # --- Cache ----------------------------------------------------------------------------------------------------------
@@ -166,15 +179,39 @@ def test_generation_continues_from_a_returned_cache(model, ids):
 
 
 @torch.no_grad()
-def test_beam_search_and_sampling_run(ids):
-    model = make_model()
-    assert model.generate(ids, max_new_tokens=5, num_beams=3, num_return_sequences=2).shape == (8, 28)
+def test_beam_search_and_sampling_do_not_depend_on_the_cache(model, ids):
+    beams = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": None}
+    cached = model.generate(ids, **beams)
+    assert cached.shape == (8, 31)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **beams))
     torch.manual_seed(0)
     sampled = model.generate(ids, max_new_tokens=5, do_sample=True, use_cache=True, eos_token_id=None)
     torch.manual_seed(0)
     assert torch.equal(
         sampled, model.generate(ids, max_new_tokens=5, do_sample=True, use_cache=False, eos_token_id=None)
     )
+
+
+@torch.no_grad()
+def test_generation_from_embeddings(ids):
+    model = make_model()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), model.generate(ids, **options)[:, 23:])
+
+
+@torch.no_grad()
+def test_generation_from_a_prompt_of_several_documents(ids):
+    model = make_model()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    positions = torch.cat([torch.arange(15), torch.arange(8)]).expand(4, -1)
+    packed = model.generate(ids, position_ids=positions, **options)[:, 23:]
+    assert torch.equal(packed, model.generate(ids[:, 15:], **options)[:, 8:])
+
+
+def test_chunked_prefill_is_refused(ids):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        make_model().generate(ids, prefill_chunk_size=4, max_new_tokens=2)
 
 
 def test_training_through_a_cache(ids):
@@ -202,6 +239,20 @@ def test_positions_that_restart_separate_documents(model, ids):
     assert torch.allclose(model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:], logits, atol=2e-5)
 
 
+@torch.no_grad()
+def test_documents_do_not_leak_through_the_cache(model, ids):
+    """A document starts shortly before the sequence is cut: the convolution's past must not reach behind it."""
+    positions = torch.cat([torch.arange(11), torch.arange(12)]).expand(4, -1)
+    expected = model(ids, position_ids=positions).logits
+    mask = torch.ones(4, 23, dtype=torch.long)
+    for cut in (11, 12, 13, 14, 16):
+        for first_mask in (None, mask[:, :cut]):
+            first = model(ids[:, :cut], position_ids=positions[:, :cut], attention_mask=first_mask, use_cache=True)
+            cache = first.past_key_values
+            second = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache)
+            assert torch.allclose(second.logits, expected[:, cut:], atol=2e-5)
+
+
 @pytest.mark.parametrize("state_dependence", ["full", "input"])
 @torch.no_grad()
 def test_no_time_means_no_change(state_dependence):
@@ -209,6 +260,10 @@ def test_no_time_means_no_change(state_dependence):
     values = torch.randn(2, 20, 3)
     deltas = torch.rand(2, 20) + 0.5
     deltas[:, 7:12] = 0
+    before = model(input_values=values[:, :7], time_deltas=deltas[:, :7], use_cache=True).past_key_values
+    state = before.layers[0].recurrent_states[0].clone()
+    held = model(input_values=values[:, 7:12], time_deltas=deltas[:, 7:12], past_key_values=before, use_cache=True)
+    assert torch.equal(held.past_key_values.layers[0].recurrent_states[0], state)
     cache = model(input_values=values, time_deltas=deltas, use_cache=True).past_key_values
     kept = [step for step in range(20) if not 7 <= step < 12]
     expected = model(input_values=values[:, kept], time_deltas=deltas[:, kept], use_cache=True).past_key_values
@@ -339,6 +394,82 @@ def test_labels_may_be_ignored(ids):
     assert torch.allclose(model(ids, labels=labels).loss, expected)
 
 
+def test_the_papers_mlps_are_initialised_he_uniform():
+    config = make_config(block_type="paper", num_channels=50, hidden_size=200, intermediate_size=200, num_labels=4)
+    model = LrcSSMForSequenceClassification(config)
+    for mlp in (model.model.encoder, model.model.layers[0].mlp, model.score):
+        for layer in (mlp[0], mlp[2]):
+            bound = (6 / layer.in_features) ** 0.5
+            assert 0.98 * bound < layer.weight.abs().max() <= bound
+            assert (layer.bias == 0).all()
+
+
+def test_the_input_dependent_recurrence_stays_in_float64():
+    model = make_model(LrcSSMModel, state_dependence="input").double()
+    embeds = torch.randn(1, 9, 32, dtype=torch.float64)
+    first = model(inputs_embeds=embeds).last_hidden_state
+    with torch.no_grad():
+        model.layers[0].mixer.neurons.elastance_bias += 1e-9
+    assert 0 < (model(inputs_embeds=embeds).last_hidden_state - first).abs().max() < 1e-7
+
+
+def test_accelerate_can_move_a_batchs_steps_to_another_device():
+    """As its hooks do between the layers of a model that is spread over devices."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.bool)
+    steps = send_to_device(LrcSSMSteps.of(mask, None, mask.clone()), "meta")
+    assert isinstance(steps, LrcSSMSteps)
+    assert all(tensor.device.type == "meta" for tensor in steps)
+
+
+@pytest.mark.parametrize("head", [LrcSSMForSequenceClassification, LrcSSMForSequenceModeling])
+def test_trainer_accumulates_gradients_of_the_other_heads(head, tmp_path):
+    """Two batches of four give the gradient of one of eight; series models are fed by their own input name."""
+    values = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % 2 if head is LrcSSMForSequenceClassification else values.roll(-1, 1)
+    rows = [{"input_values": value, "labels": label} for value, label in zip(values, labels)]
+    losses = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        model = make_model(head, num_channels=3, num_labels=2 if labels.dim() == 1 else 3)
+        assert model.main_input_name == "input_values"
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
+    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3)
+
+
+def test_loading_in_another_dtype_and_with_missing_weights(tmp_path, ids):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    half = LrcSSMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    classifier = LrcSSMForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    weights, expected = (m.model.layers[0].mixer.neurons.currents.weight for m in (classifier, model))
+    assert torch.equal(weights, expected)
+    assert classifier(ids).logits.isfinite().all()
+    model.resize_token_embeddings(70)
+    assert model(ids).logits.shape[-1] == 70
+
+
+@pytest.mark.parametrize("head", [LrcSSMForSequenceClassification, LrcSSMForSequenceModeling, LrcSSMModel])
+@pytest.mark.parametrize("block_type", ["gated", "paper"])
+@torch.no_grad()
+def test_models_of_series_save_and_load(head, block_type, tmp_path):
+    model = make_model(head, num_channels=3, num_labels=3, block_type=block_type)
+    model.save_pretrained(tmp_path)
+    values = torch.randn(2, 9, 3)
+    assert torch.equal(head.from_pretrained(tmp_path)(input_values=values)[0], model(input_values=values)[0])
+
+
 def test_time_constants_are_initialised_in_the_configured_range(ids):
     for elastance in ("asymmetric", "symmetric"):
         torch.manual_seed(0)
@@ -407,6 +538,9 @@ def test_forecast_feeds_its_predictions_back():
     for step in range(4):
         expected = model(input_values=torch.cat([past, forecast[:, :step]], 1)).logits[:, -1]
         assert torch.allclose(forecast[:, step], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="eval"):
+        model.train().forecast(past, horizon=2)
+    model.eval()
     with pytest.raises(ValueError, match="horizon"):
         model.forecast(past, horizon=0)
     with pytest.raises(ValueError, match="num_labels.*num_channels"):
@@ -449,12 +583,26 @@ def test_the_gated_model_learns(ids):
         {"time_constant_max": 2.1},
         {"hidden_dropout": 1.0},
         {"layer_types": ["linear_attention"]},
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        {"hidden_act": "wobbly"},
+        {"norm_eps": 0.0},
+        {"initializer_range": -1.0},
     ],
     ids=str,
 )
 def test_bad_configurations_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         LrcSSMConfig(**{"num_hidden_layers": 3, **change})
+
+
+def test_fields_changed_after_construction(ids):
+    config = make_config()
+    config.num_hidden_layers = 2
+    assert config.layer_types == ["linear_attention"] * 2
+    assert LrcSSMForCausalLM(config).generate(ids, max_new_tokens=2, eos_token_id=None).shape == (4, 25)
+    config.solver = "exact"
+    with pytest.raises(ValueError, match="solver"):
+        LrcSSMForCausalLM(config)
 
 
 def test_a_value_of_the_wrong_type_is_refused_by_name():
@@ -472,6 +620,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name():
         ({"input_ids": torch.ones(4, dtype=torch.long)}, "input_ids.*shape"),
         ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "input_ids.*empty"),
         ({"inputs_embeds": torch.ones(1, 4, 31)}, r"inputs_embeds.*32"),
+        ({"inputs_embeds": torch.full((1, 4, 32), float("nan"))}, r"inputs_embeds.*NaN"),
         ({"input_values": torch.ones(1, 4, 3)}, "num_channels"),
         ({"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 5)}, "attention_mask"),
         ({"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 1, 4, 4)}, "attention_mask"),

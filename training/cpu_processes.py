@@ -9,6 +9,7 @@ import os
 import sys
 
 import psutil
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 
@@ -18,12 +19,14 @@ def start_missing_processes() -> None:
     is_alone = not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     if not (is_cpu and is_alone and "MASTER_ADDR" in os.environ):
         return
-    launcher = psutil.Process().parent().cmdline()
-    first = next((i for i, word in enumerate(launcher) if word.startswith("-") and word != "-m"), None)
-    if first is None or "launch" not in " ".join(launcher[:first]):
-        return
-    options, _ = launch_command_parser().parse_known_args(launcher[first:])
-    if (options.num_machines or 1) > 1 or (options.num_processes or 1) < 2:
-        return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    os.execv(sys.executable, [*torchrun, f"--nproc_per_node={options.num_processes}", *sys.argv])
+    # MASTER_ADDR says that there were to be several; how many, only the launcher's command line or configuration.
+    words = psutil.Process().parent().cmdline()
+    launch = next((i for i, word in enumerate(words) if word.endswith(("launch", "launch.py"))), None)
+    if launch is None:
+        return print("accelerate started one CPU process of several; use torchrun for the others.", file=sys.stderr)
+    options, _ = launch_command_parser().parse_known_args(words[launch + 1 :])
+    if options.num_processes is None:
+        options.num_processes = load_config_from_file(options.config_file).num_processes
+    if (options.num_machines or 1) == 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        os.execv(sys.executable, [*torchrun, f"--nproc_per_node={options.num_processes}", *sys.argv])

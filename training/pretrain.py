@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import math
 import os
@@ -18,16 +19,27 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
-import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from datasets import DatasetDict
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    get_scheduler,
+)
 
 import lrcssm_hf  # noqa: F401  registers the model
 from cpu_processes import start_missing_processes
@@ -67,15 +79,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
     train.add_argument("--max_grad_norm", type=float, default=1.0)
     train.add_argument("--max_train_steps", type=int, help="Optimizer steps (default 600).")
-    train.add_argument("--num_train_epochs", type=float, help="Passes over the data, instead of --max_train_steps.")
-    train.add_argument("--lr_scheduler_type", default="cosine_with_min_lr")
+    train.add_argument("--num_train_epochs", type=float, help="Passes over the data, without --max_train_steps.")
+    schedules = [schedule.value for schedule in SchedulerType]
+    train.add_argument("--lr_scheduler_type", default="cosine_with_min_lr", choices=schedules)
     train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
     train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
     train.add_argument("--gradient_checkpointing", action="store_true")
     train.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="runs/lrcssm-python", help="Default runs/lrcssm-python.")
-    output.add_argument("--checkpointing_steps", type=int, help="Save the whole training state every so many steps.")
+    output.add_argument("--checkpointing_steps", help="Save the training state every so many steps, or every 'epoch'.")
     output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest'.")
     output.add_argument("--with_tracking", action="store_true", help="Report to the trackers of --report_to.")
     output.add_argument("--report_to", default="all", help="all, tensorboard, wandb, trackio, ...")
@@ -83,15 +96,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--hub_model_id", help="Where to; by default the folder's name in your namespace.")
     args = parser.parse_args(arguments)
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
-    for name in [*counts, "max_eval_samples", "max_train_steps", "checkpointing_steps"]:
+    if args.checkpointing_steps not in (None, "epoch"):
+        if not args.checkpointing_steps.isdigit():
+            parser.error(f"--checkpointing_steps must be a number or 'epoch', got {args.checkpointing_steps!r}.")
+        args.checkpointing_steps = int(args.checkpointing_steps)
+    if not args.learning_rate > 0:
+        parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
+    for name in [*counts, "max_eval_samples", "max_train_steps"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
         parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
     if not 0 < args.validation_split_percentage < 100:
         parser.error(f"--validation_split_percentage must be in (0, 100), got {args.validation_split_percentage}.")
-    if args.max_train_steps is not None and args.num_train_epochs is not None:
-        parser.error("Give --max_train_steps or --num_train_epochs, not both.")
     if args.model_name_or_path and args.config_overrides:
         parser.error("--config_overrides is for a new model; --model_name_or_path has its configuration.")
     return args
@@ -108,7 +125,7 @@ def make_folder(name: str) -> Path:
     return folder
 
 
-def make_config(model_type: str, overrides: str | None, tokenizer) -> transformers.PreTrainedConfig:
+def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrainedConfig:
     values = {**SMALL_MODEL} if model_type == "lrcssm" else {}
     for item in filter(None, (overrides or "").split(",")):
         name, separator, text = item.partition("=")
@@ -143,19 +160,9 @@ def find_checkpoint(folder: Path, name: str) -> Path:
             raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}.")
         return checkpoints[-1]
     path = Path(name)
-    if not path.is_dir() or not path.name.split("-")[-1].isdigit():
-        raise ValueError(f"--resume_from_checkpoint {name!r} is not a folder named checkpoint-STEP.")
+    if not (path / "random_states_0.pkl").is_file():
+        raise ValueError(f"--resume_from_checkpoint {name!r} is not a checkpoint folder.")
     return path
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """The training state under a temporary name until it is whole."""
-    partial, final = folder / f"partial-checkpoint-{step}", folder / f"checkpoint-{step}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
 
 
 def save_model(accelerator: Accelerator, model, tokenizer, folder: Path) -> None:
@@ -177,8 +184,12 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.records = []
         if resumed_step and self.path.exists():
-            records = map(json.loads, self.path.read_text().splitlines())
-            self.records = [record for record in records if record["step"] <= resumed_step]
+            for line in self.path.read_text().splitlines():
+                # The interrupted run may have gone on after its checkpoint, and died while it wrote a line.
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if record["step"] <= resumed_step and "validation_nats_per_byte" not in record:
+                        self.records.append(record)
         self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def add(self, **record) -> None:
@@ -199,19 +210,32 @@ class Metrics:
         plt.close(figure)
 
 
-def prepare(args: argparse.Namespace):
-    """Everything that can be refused before training: folder, tokenizer, configuration, data, repository."""
+class Inputs(NamedTuple):
+    """What a run is made of, once everything that can be refused before training has been checked."""
+
+    folder: Path
+    checkpoint: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    blocks: DatasetDict
+    tokens_per_byte: float
+    repository: str | None
+
+
+def prepare(args: argparse.Namespace) -> Inputs:
+    """Raises a `ValueError` (or what the libraries raise in its place) for anything that cannot be used."""
     folder = make_folder(args.output_dir)
     checkpoint = find_checkpoint(folder, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     if args.model_name_or_path:
         try:
             model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
         except (OSError, ValueError) as error:
             raise ValueError(f"--model_name_or_path {args.model_name_or_path!r}: {error}") from error
+        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
         if model.config.vocab_size < len(tokenizer):
             raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}.")
     else:
+        tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
     data = load_text(
         args.dataset_name,
@@ -224,163 +248,201 @@ def prepare(args: argparse.Namespace):
     repository = None
     if args.push_to_hub:
         repository = HfApi().create_repo(args.hub_model_id or folder.name, exist_ok=True).repo_id
-    return folder, checkpoint, tokenizer, model, blocks, tokens_per_byte, repository
+    return Inputs(folder, checkpoint, tokenizer, model, blocks, tokens_per_byte, repository)
+
+
+class Training:
+    """A run: model, optimizer, schedule and data under Accelerate, and how far it has come."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, inputs: Inputs):
+        self.args, self.accelerator, self.folder = args, accelerator, inputs.folder
+        blocks, batch_size = inputs.blocks, args.per_device_train_batch_size
+        loader = DataLoader(
+            blocks["train"],
+            batch_size=batch_size,
+            shuffle=True,
+            drop_last=len(blocks["train"]) >= batch_size * accelerator.num_processes,
+            # Its own, so that making an iterator does not draw from the state that a checkpoint restores.
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        held_out = blocks["validation"]
+        curve = held_out.select(range(min(args.max_eval_samples, len(held_out))))
+        held_out_loader = DataLoader(held_out, batch_size=args.per_device_eval_batch_size)
+        curve_loader = DataLoader(curve, batch_size=args.per_device_eval_batch_size)
+        optimizer = make_optimizer(inputs.model, args.learning_rate, args.weight_decay)
+        self.model, self.optimizer, self.loader, self.held_out, self.curve = accelerator.prepare(
+            inputs.model, optimizer, loader, held_out_loader, curve_loader
+        )
+        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
+        self.last_step = args.max_train_steps or 600
+        if args.max_train_steps is None and args.num_train_epochs is not None:
+            self.last_step = max(1, math.ceil(args.num_train_epochs * self.steps_per_epoch))
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=self.last_step // 20 if args.num_warmup_steps is None else args.num_warmup_steps,
+            num_training_steps=self.last_step,
+            scheduler_specific_kwargs={"min_lr_rate": 0.05} if args.lr_scheduler_type == "cosine_with_min_lr" else None,
+        )
+        self.step, self.tokens = 0, 0
+        accelerator.register_for_checkpointing(self.scheduler, self)
+        if inputs.checkpoint is not None:
+            accelerator.load_state(str(inputs.checkpoint))
+        self.metrics = Metrics(self.folder, self.step) if accelerator.is_main_process else None
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        accelerator.print(
+            f"{self.parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training "
+            f"tokens, {self.last_step} steps of {per_step} x {args.block_size} tokens on {accelerator.num_processes} x "
+            f"{accelerator.device.type}"
+        )
+
+    def state_dict(self) -> dict:
+        """What a checkpoint remembers beside what Accelerate saves."""
+        return {"step": self.step, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.tokens = state["step"], state["tokens"]
+
+    def run(self) -> None:
+        """The steps that are left, with the curve, the progress bar and the checkpoints."""
+        args, accelerator = self.args, self.accelerator
+        epoch, steps_done = divmod(self.step, self.steps_per_epoch)
+        batches_done = steps_done * args.gradient_accumulation_steps
+        bar = tqdm(total=self.last_step, initial=self.step, desc="Training", disable=not accelerator.is_main_process)
+        sums = torch.zeros(2, device=accelerator.device)  # of the losses since the last look at them, and their number
+        start, start_tokens = time.perf_counter(), self.tokens
+        self.model.train()
+        while self.step < self.last_step:
+            self.loader.set_epoch(epoch)
+            batches = accelerator.skip_first_batches(self.loader, batches_done) if batches_done else self.loader
+            epoch, batches_done = epoch + 1, 0
+            for batch in batches:
+                ids = batch["input_ids"]
+                with accelerator.accumulate(self.model):
+                    loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
+                self.tokens += ids.numel() * accelerator.num_processes
+                if not accelerator.sync_gradients:
+                    continue
+                learning_rate = self.scheduler.get_last_lr()[0]
+                self.scheduler.step()
+                self.step += 1
+                bar.update()
+                is_last = self.step == self.last_step
+                evaluate = self.step % args.eval_steps == 0 and not is_last
+                save = is_multiple(self.step, args.checkpointing_steps, self.steps_per_epoch)
+                if self.step % 10 == 0 or evaluate or save or is_last:
+                    total, count = accelerator.reduce(sums, reduction="sum").tolist()
+                    sums.zero_()
+                    if not math.isfinite(total):
+                        bar.close()
+                        accelerator.print(f"error: the loss is {total} at step {self.step}; lower --learning_rate.")
+                        raise SystemExit(1)
+                    rate = (self.tokens - start_tokens) / (time.perf_counter() - start)
+                    bar.set_postfix(loss=f"{total / count:.3f}", tokens_per_s=f"{rate:,.0f}")
+                    record = {
+                        "step": self.step,
+                        "tokens": self.tokens,
+                        "train_loss": total / count,
+                        "learning_rate": learning_rate,
+                        "tokens_per_second": rate,
+                    }
+                    if evaluate:
+                        record["validation_loss"] = nats_per_token(self.model, self.curve, accelerator)
+                    accelerator.log(record, step=self.step)
+                    if self.metrics is not None:
+                        self.metrics.add(**record)
+                if save:
+                    self.save_checkpoint()
+                if is_last:
+                    break
+        bar.close()
+
+    def save_checkpoint(self) -> None:
+        """The training state, under a temporary name until it is whole."""
+        partial, final = self.folder / f"partial-checkpoint-{self.step}", self.folder / f"checkpoint-{self.step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+    def finish(self, tokens_per_byte: float) -> float:
+        """Measures the whole held-out text, writes the last record and the picture; returns nats per byte."""
+        loss = nats_per_token(self.model, self.held_out, self.accelerator, progress=True)
+        if self.metrics is not None:
+            self.metrics.add(
+                step=self.step,
+                tokens=self.tokens,
+                validation_loss=loss,
+                validation_nats_per_byte=loss * tokens_per_byte,
+            )
+            self.metrics.plot(
+                f"{self.parameters / 1e6:.2f} M parameters, held out {loss * tokens_per_byte:.3f} nats per byte"
+            )
+        return loss * tokens_per_byte
+
+
+def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> bool:
+    """Whether a checkpoint is due: every so many steps, or at the end of every "epoch"."""
+    every = steps_per_epoch if every == "epoch" else every
+    return every is not None and step % every == 0
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if args.with_tracking else None,
-        project_dir=args.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
-    set_seed(args.seed)
+    error = None
     try:
-        # One process downloads and tokenizes, the others read its cache.
-        with accelerator.main_process_first():
-            folder, checkpoint, tokenizer, model, blocks, tokens_per_byte, repository = prepare(args)
-    except ValueError as error:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=args.report_to if args.with_tracking else None,
+            project_dir=args.output_dir,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        )
+    except ValueError as refused:
+        raise SystemExit(f"error: {refused}") from None
+    set_seed(args.seed)
+    # One process downloads, the others read its cache. All of them leave together, also when there is nothing to do.
+    with accelerator.main_process_first():
+        try:
+            inputs = prepare(args)
+        except (ValueError, OSError, StrictDataclassError) as refused:
+            error = refused
+    if error is not None:
         accelerator.print(f"error: {error}")
-        raise SystemExit(2) from None
+        accelerator.end_training()
+        raise SystemExit(2)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-
-    loader = DataLoader(
-        blocks["train"],
-        batch_size=args.per_device_train_batch_size,
-        shuffle=True,
-        drop_last=len(blocks["train"]) >= args.per_device_train_batch_size * accelerator.num_processes,
-        collate_fn=default_data_collator,
-    )
-    curve_blocks = blocks["validation"].select(range(min(args.max_eval_samples, len(blocks["validation"]))))
-    curve_loader = DataLoader(curve_blocks, batch_size=args.per_device_eval_batch_size)
-    validation_loader = DataLoader(blocks["validation"], batch_size=args.per_device_eval_batch_size)
-    optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
-    model, optimizer, loader, curve_loader, validation_loader = accelerator.prepare(
-        model, optimizer, loader, curve_loader, validation_loader
-    )
-    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or 600
-    if args.num_train_epochs is not None:
-        max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
-    warmup = args.num_warmup_steps if args.num_warmup_steps is not None else max_train_steps // 20
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=max_train_steps,
-        scheduler_specific_kwargs={"min_lr_rate": 0.05} if args.lr_scheduler_type == "cosine_with_min_lr" else None,
-    )
-    accelerator.register_for_checkpointing(scheduler)
+        inputs.model.gradient_checkpointing_enable()
     if args.with_tracking:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
-    step = 0
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = int(checkpoint.name.split("-")[-1])
-    metrics = Metrics(folder, step) if accelerator.is_main_process else None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    tokens_per_step = batch_size * args.block_size
-    accelerator.print(
-        f"{parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training tokens, "
-        f"{max_train_steps} steps of {batch_size} x {args.block_size} tokens on {accelerator.num_processes} x "
-        f"{accelerator.device.type}"
-    )
-    optimize(
-        args,
-        accelerator,
-        model,
-        optimizer,
-        scheduler,
-        loader,
-        lambda: nats_per_token(model, curve_loader, accelerator),
-        range(step, max_train_steps),
-        tokens_per_step,
-        metrics,
-        folder,
-    )
-
-    loss = nats_per_token(model, validation_loader, accelerator, progress=True)
-    if accelerator.is_main_process:
-        metrics.add(
-            step=max_train_steps,
-            tokens=max_train_steps * tokens_per_step,
-            validation_loss=loss,
-            validation_nats_per_byte=loss * tokens_per_byte,
-            validation_tokens=len(blocks["validation"]) * args.block_size,
-        )
-        metrics.plot(f"{parameters / 1e6:.2f} M parameters, held out {loss * tokens_per_byte:.3f} nats per byte")
-    save_model(accelerator, model, tokenizer, folder)
+    training = Training(args, accelerator, inputs)
+    training.run()
+    nats_per_byte = training.finish(inputs.tokens_per_byte)
+    save_model(accelerator, training.model, inputs.tokenizer, inputs.folder)
     accelerator.end_training()
     if accelerator.is_main_process:
-        if repository is not None:
-            HfApi().upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["*checkpoint-*", ".cache*"])
-        show(folder, loss * tokens_per_byte, default_data=args.dataset_name is None and args.train_file is None)
-
-
-def optimize(
-    args, accelerator, model, optimizer, scheduler, loader, held_out_loss, steps, tokens_per_step, metrics, folder
-) -> None:
-    """The optimizer steps of the range `steps`, with the curve, the progress bar and the checkpoints."""
-    step, last = steps.start, steps.stop
-    epoch, batches_done = divmod(step * args.gradient_accumulation_steps, len(loader))
-    bar = tqdm(total=last, initial=step, desc="Training", disable=not accelerator.is_main_process)
-    sums = torch.zeros(2, device=accelerator.device)  # of the losses since the last record, and their number
-    start = time.perf_counter()
-    model.train()
-    while step < last:
-        loader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, batches_done) if batches_done else loader
-        epoch, batches_done = epoch + 1, 0
-        for batch in batches:
-            with accelerator.accumulate(model):
-                loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
-            if not accelerator.sync_gradients:
-                continue
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
-            step += 1
-            bar.update()
-            evaluate = step % args.eval_steps == 0 and step < last
-            if step % 10 == 0 or evaluate or step == last:
-                total, count = accelerator.reduce(sums, reduction="sum").tolist()
-                sums.zero_()
-                if not math.isfinite(total):
-                    raise SystemExit(f"error: the loss is {total} at step {step}; lower --learning_rate.")
-                rate = (step - steps.start) * tokens_per_step / (time.perf_counter() - start)
-                bar.set_postfix(loss=f"{total / count:.3f}", tokens_per_s=f"{rate:,.0f}")
-                record = {
-                    "step": step,
-                    "tokens": step * tokens_per_step,
-                    "train_loss": total / count,
-                    "learning_rate": learning_rate,
-                    "tokens_per_second": rate,
-                }
-                if evaluate:
-                    record["validation_loss"] = held_out_loss()
-                accelerator.log(record, step=step)
-                if metrics is not None:
-                    metrics.add(**record)
-            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, folder, step)
-            if step == last:
-                break
-    bar.close()
+        if inputs.repository is not None:
+            HfApi().upload_folder(
+                repo_id=inputs.repository, folder_path=inputs.folder, ignore_patterns=["*checkpoint-*", ".cache*"]
+            )
+        show(inputs.folder, nats_per_byte, default_data=args.dataset_name is None and args.train_file is None)
 
 
 def show(folder: Path, nats_per_byte: float, default_data: bool) -> None:
     """What the model writes, and how to load it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = SNIPPET if default_data else (tokenizer.bos_token or "")
     print(f"\nHeld out: {nats_per_byte:.3f} nats per byte. Model and {folder / 'loss.png'} written.")
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

@@ -44,7 +44,7 @@ def load_text(
     validation_file: str | None,
     validation_percentage: float,
 ) -> DatasetDict:
-    """`train` and `validation` texts: a Hub dataset, local files, or else the standard library.
+    """`train` and `validation` texts (column `text`): a Hub dataset, local files, or else the standard library.
 
     Without a validation file or split, `validation_percentage` of the texts are held out; of a single text, its end.
 
@@ -90,6 +90,10 @@ def _read_file(flag: str, name: str) -> Dataset:
 
 def _text_column(data: Dataset) -> Dataset:
     column = "text" if "text" in data.column_names else data.column_names[0]
+    if data.features[column].dtype not in ("string", "large_string"):
+        raise ValueError(
+            f"The data has no column 'text', and {column!r} holds {data.features[column].dtype}, not text."
+        )
     data = data.select_columns(column)
     data = data if column == "text" else data.rename_column(column, "text")
     data = data.filter(lambda text: bool(text and text.strip()), input_columns="text")
