@@ -227,16 +227,16 @@ def test_newton_overflows_and_the_answer_is_still_right():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("solver", "backend"), [("newton", "torch"), ("chunked", "torch"), WAYS[-1]])
 def test_adversarial_search_finds_no_unconverged_answer(solver, backend, dtype):
-    """Random neurons with weights of order up to 10, two at a time: the returned states obey the recurrence to rounding.
-    Rounding is in units of the states and of what an elastance wrong by one unit would add to them. Thousands of draws
+    """Random neurons with weights of order up to 10, two at a time: the states obey the recurrence to rounding. Rounding
+    is in units of the states and of what an elastance wrong by one unit would add to them. Thousands of draws
     over the parameters of this test."""
     if backend == "cpu" and dtype == torch.float64:
         pytest.skip("the kernel is for float32")
     accepted, fell_back, worst = 0, 0, 0.0
     generator = torch.Generator().manual_seed(0)
     for trial in range(300):
-        scale = 10 ** torch.empty(1).uniform_(-1, 1, generator=generator).item()
-        steps = int(torch.randint(34, 80, (1,), generator=generator))
+        scale = 10 ** torch.empty(1).uniform_(-0.5, 1, generator=generator).item()
+        steps = int(torch.randint(34, 120, (1,), generator=generator))
         full = bool(trial // 2 % 2)
         problem = random_problem(1, steps, 2, symmetric=bool(trial % 2), full=full, scale=scale, seed=trial)
         forget_input, update_input, parameters, options = cast(problem, dtype)
@@ -255,17 +255,15 @@ def test_adversarial_search_finds_no_unconverged_answer(solver, backend, dtype):
                 time_step=options["time_step"][..., None] if full else None,
             )
         time_step = options["time_step"][..., None] if full else 1
-        unit = torch.maximum(states.abs(), previous.abs()) + time_step * (
-            parameters.leak_potential.abs() + previous.abs()
-        )
-        violation = (states - target).abs() / unit
+        pull = time_step * (parameters.leak_potential.abs() + previous.abs())
+        violation = (states - target).abs() / (torch.maximum(states.abs(), previous.abs()) + pull)
         assert states.isfinite().all()
         worst = max(worst, violation.max().item() / torch.finfo(dtype).eps)
         if scale > 3:
             fell_back += info.fell_back
             accepted += not info.fell_back
     assert accepted > 10
-    assert fell_back > 3 or solver != "newton"
+    assert fell_back > 0 or solver != "newton"
     assert worst <= 32, f"{solver} left {worst:.0f} units of rounding"
 
 
