@@ -226,7 +226,6 @@ def _solve_newton(problem: _Problem, initial_state: Tensor, tolerance: float) ->
     The scan runs on the correction, not on the state, so that its rounding errors vanish with it.
     """
     states = torch.zeros_like(problem.forget_input)
-    residual = math.inf
     for iteration in range(_MAX_NEWTON_ITERATIONS + 1):
         previous = _shift(states, initial_state)
         target, jacobian = problem.linearise(previous)

@@ -227,9 +227,11 @@ def test_newton_overflows_and_the_answer_is_still_right():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("solver", "backend"), [("newton", "torch"), ("chunked", "torch"), WAYS[-1]])
 def test_adversarial_search_finds_no_unconverged_answer(solver, backend, dtype):
-    """Random neurons with weights of order up to 10, two at a time: the states obey the recurrence to rounding. Rounding
-    is in units of the states and of what an elastance wrong by one unit would add to them. Thousands of draws
-    over the parameters of this test."""
+    """Random neurons with weights of order up to 10, two at a time: the states obey the recurrence to rounding.
+
+    Rounding is in units of the states and of what an elastance wrong by one unit would add to them. Thousands of draws
+    over the parameters of this test.
+    """
     if backend == "cpu" and dtype == torch.float64:
         pytest.skip("the kernel is for float32")
     accepted, fell_back, worst = 0, 0, 0.0
