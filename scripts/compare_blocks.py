@@ -46,13 +46,9 @@ def train(overrides: str, seed: int, steps: int) -> dict:
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout}\n{result.stderr}")
-        *_, last_step, final = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        final = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
         parameters = float(result.stdout.split(" M parameters")[0].split()[-1])
-    return {
-        "validation_nats_per_byte": final["validation_nats_per_byte"],
-        "million_parameters": parameters,
-        "tokens_per_second": last_step["tokens_per_second"],
-    }
+    return {"validation_nats_per_byte": final["validation_nats_per_byte"], "million_parameters": parameters}
 
 
 def table(results: dict) -> str:
@@ -61,15 +57,14 @@ def table(results: dict) -> str:
         f"Held-out nats per byte after {results['steps']} steps of 8 x 512 bytes, {seeds} seeds "
         f"(mean ± standard deviation); {results['environment']}.",
         "",
-        "| variant | nats/byte | M parameters | tokens/s |",
-        "|---|---|---|---|",
+        "| variant | nats/byte | M parameters |",
+        "|---|---|---|",
     ]
     for name, runs in results["runs"].items():
         losses = [run["validation_nats_per_byte"] for run in runs.values()]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        speed = statistics.median(run["tokens_per_second"] for run in runs.values())
         parameters = next(iter(runs.values()))["million_parameters"]
-        lines.append(f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {parameters:.2f} | {speed:,.0f} |")
+        lines.append(f"| {name} | {statistics.mean(losses):.3f} ± {spread:.3f} | {parameters:.2f} |")
     return "\n".join(lines) + "\n"
 
 

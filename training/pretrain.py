@@ -294,7 +294,7 @@ class Training:
         accelerator.print(
             f"{self.parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training "
             f"tokens, {self.last_step} steps of {per_step} x {args.block_size} tokens on {accelerator.num_processes} x "
-            f"{accelerator.device.type}"
+            f"{accelerator.device.type} ({torch.get_num_threads()} threads)"
         )
 
     def state_dict(self) -> dict:
@@ -398,6 +398,14 @@ def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> boo
     return every is not None and step % every == 0
 
 
+def use_all_cores() -> None:
+    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.get_num_threads() == 1 and threads > 1:
+        torch.set_num_threads(threads)
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     error = None
@@ -411,6 +419,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as refused:
         raise SystemExit(f"error: {refused}") from None
     set_seed(args.seed)
+    if accelerator.device.type == "cpu":
+        use_all_cores()
     # One process downloads, the others read its cache. All of them leave together, also when there is nothing to do.
     with accelerator.main_process_first():
         try:
