@@ -78,7 +78,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--learning_rate", type=float, default=4e-3)
     train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
     train.add_argument("--max_grad_norm", type=float, default=1.0)
-    train.add_argument("--max_train_steps", type=int, help="Optimizer steps (default 600).")
+    train.add_argument("--max_train_steps", type=int, help="Optimizer steps (default 450).")
     train.add_argument("--num_train_epochs", type=float, help="Passes over the data, without --max_train_steps.")
     schedules = [schedule.value for schedule in SchedulerType]
     train.add_argument("--lr_scheduler_type", default="cosine_with_min_lr", choices=schedules)
@@ -274,7 +274,7 @@ class Training:
             inputs.model, optimizer, loader, held_out_loader, curve_loader
         )
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
-        self.last_step = args.max_train_steps or 600
+        self.last_step = args.max_train_steps or 450
         if args.max_train_steps is None and args.num_train_epochs is not None:
             self.last_step = max(1, math.ceil(args.num_train_epochs * self.steps_per_epoch))
         self.scheduler = get_scheduler(
