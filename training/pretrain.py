@@ -65,7 +65,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--validation_file", help="Held-out file; by default a share of the training texts.")
     data.add_argument("--validation_split_percentage", type=float, default=5, help="That share (default 5).")
     data.add_argument("--block_size", type=int, default=512, help="Tokens per training sequence (default 512).")
-    data.add_argument("--max_eval_samples", type=int, default=64, help="Held-out blocks per point of the curve.")
+    data.add_argument(
+        "--max_eval_samples", type=int, default=64, help="Held-out blocks per point of the curve; the last takes all."
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="Continue from this model instead of starting from scratch.")
     model.add_argument("--model_type", default="lrcssm", help="Architecture of a new model (default lrcssm).")
