@@ -97,13 +97,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--push_to_hub", action="store_true", help="Upload the finished model.")
     output.add_argument("--hub_model_id", help="Where to; by default the folder's name in your namespace.")
     args = parser.parse_args(arguments)
-    counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
     if args.checkpointing_steps not in (None, "epoch"):
-        if not args.checkpointing_steps.isdigit():
+        if not args.checkpointing_steps.isdigit() or int(args.checkpointing_steps) == 0:
             parser.error(f"--checkpointing_steps must be a number or 'epoch', got {args.checkpointing_steps!r}.")
         args.checkpointing_steps = int(args.checkpointing_steps)
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
+    counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
     for name in [*counts, "max_eval_samples", "max_train_steps"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
