@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrcssm_hf  # noqa: F401  registers the model
-from text_data import load_text, make_blocks
+from text_data import add_data_arguments, load_blocks
 
 
 @torch.no_grad()
@@ -35,25 +35,13 @@ def nats_per_token(model, blocks: DataLoader, accelerator: Accelerator, progress
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a causal language model.")
-    parser.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library.")
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--train_file", help="Text, JSON, CSV or Parquet; the share held out of it is evaluated.")
-    parser.add_argument("--validation_file", help="Held-out text; needs --train_file.")
-    parser.add_argument("--validation_split_percentage", type=float, default=5)
-    parser.add_argument("--block_size", type=int, default=512)
+    add_data_arguments(parser)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=16)
     args = parser.parse_args()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-        data = load_text(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_file,
-            args.validation_file,
-            args.validation_split_percentage,
-        )
-        blocks, tokens_per_byte = make_blocks(data, tokenizer, args.block_size)
+        blocks, tokens_per_byte = load_blocks(args, tokenizer)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     accelerator = Accelerator()

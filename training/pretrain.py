@@ -44,7 +44,7 @@ from transformers import (
 import lrcssm_hf  # noqa: F401  registers the model
 from cpu_processes import start_missing_processes
 from evaluate import nats_per_token
-from text_data import load_text, load_tokenizer, make_blocks
+from text_data import add_data_arguments, load_blocks, load_tokenizer
 
 
 matplotlib.use("Agg")
@@ -59,12 +59,7 @@ SNIPPET = "def mean(values):\n    if not values:\n        raise"
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library's source.")
-    data.add_argument("--dataset_config_name", help="Configuration of that dataset.")
-    data.add_argument("--train_file", help="Text, JSON, CSV or Parquet file to train on instead.")
-    data.add_argument("--validation_file", help="Held-out file; by default a share of the training texts.")
-    data.add_argument("--validation_split_percentage", type=float, default=5, help="That share (default 5).")
-    data.add_argument("--block_size", type=int, default=512, help="Tokens per training sequence (default 512).")
+    add_data_arguments(data)
     data.add_argument(
         "--max_eval_samples", type=int, default=64, help="Held-out blocks per point of the curve; the last takes all."
     )
@@ -239,14 +234,7 @@ def prepare(args: argparse.Namespace) -> Inputs:
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
-    data = load_text(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.train_file,
-        args.validation_file,
-        args.validation_split_percentage,
-    )
-    blocks, tokens_per_byte = make_blocks(data, tokenizer, args.block_size)
+    blocks, tokens_per_byte = load_blocks(args, tokenizer)
     repository = None
     if args.push_to_hub:
         repository = HfApi().create_repo(args.hub_model_id or folder.name, exist_ok=True).repo_id

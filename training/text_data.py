@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import sysconfig
@@ -17,6 +18,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 _NOT_SOURCE = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 _LOADERS = {".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
 _LOADERS |= {".csv": "csv", ".parquet": "parquet"}
+
+
+def add_data_arguments(parser) -> None:
+    """The flags that say what is trained on and held out, the same for every script, to a parser or group."""
+    parser.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library's source.")
+    parser.add_argument("--dataset_config_name", help="Configuration of that dataset.")
+    parser.add_argument("--train_file", help="Text, JSON, CSV or Parquet file to use instead.")
+    parser.add_argument("--validation_file", help="Held-out file; by default a share of the training texts.")
+    parser.add_argument("--validation_split_percentage", type=float, default=5, help="That share (default 5).")
+    parser.add_argument("--block_size", type=int, default=512, help="Tokens per sequence (default 512).")
+
+
+def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, float]:
+    """What those flags ask for, as `make_blocks` returns it; raises what `load_text` and `make_blocks` raise."""
+    data = load_text(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_file,
+        args.validation_file,
+        args.validation_split_percentage,
+    )
+    return make_blocks(data, tokenizer, args.block_size)
 
 
 def standard_library(validation_percentage: float) -> DatasetDict:
