@@ -326,24 +326,27 @@ def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: b
 
 @torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    if kernels := _cpu_kernels(inputs):
+    if kernels := _cpu_kernels(initial_state):
         return kernels.prefix_scan(decay, inputs, initial_state, reverse)
-    return _scan_torch(decay, inputs, initial_state, reverse).contiguous()
+    dtype = initial_state.dtype
+    return _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
 
 
 @_prefix_scan_op.register_fake
 def _(decay, inputs, initial_state, reverse):
-    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    return initial_state.new_empty(inputs.shape)
 
 
 def _prefix_scan_setup(ctx, inputs, output):
-    decay, _, initial_state, ctx.reverse = inputs
+    decay, addends, initial_state, ctx.reverse = inputs
     ctx.save_for_backward(decay, initial_state, output)
+    ctx.dtypes = decay.dtype, addends.dtype
 
 
 def _prefix_scan_backward(ctx, grad_states):
     """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1}."""
     decay, initial_state, states = ctx.saved_tensors
+    decay = decay.to(states.dtype)
     decay = decay.conj() if decay.is_complex() else decay
     zeros = torch.zeros_like(initial_state)
     if ctx.reverse:
@@ -356,7 +359,8 @@ def _prefix_scan_backward(ctx, grad_states):
         last = 0
     adjoint = _prefix_scan_op(following, grad_states.contiguous(), zeros, not ctx.reverse)
     previous = previous.conj() if previous.is_complex() else previous
-    return adjoint * previous, adjoint, (decay[:, last] * adjoint[:, last]), None
+    decay_dtype, inputs_dtype = ctx.dtypes
+    return (adjoint * previous).to(decay_dtype), adjoint.to(inputs_dtype), decay[:, last] * adjoint[:, last], None
 
 
 _prefix_scan_op.register_autograd(_prefix_scan_backward, setup_context=_prefix_scan_setup)
@@ -386,7 +390,7 @@ def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = No
         initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
     if inputs.shape[1] == 0:
         return inputs.to(dtype)
-    return _prefix_scan_op(decay.to(dtype), inputs.to(dtype), initial_state.to(dtype), reverse)
+    return _prefix_scan_op(decay, inputs, initial_state.to(dtype), reverse)
 
 
 # --- The nonlinear scan ---------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from .recurrence import LrcParameters
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
+    from llvmlite import ir
     from numba import njit, types
+    from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
@@ -52,9 +54,12 @@ _PARALLEL_ELEMENTS = 1 << 15
 _FLUSH_STEPS = 64
 
 
+# --- What numba has no word for -------------------------------------------------------------------------------------
+
+
 @intrinsic
 def _float_from_bits(typingctx, bits):
-    """The float32 with these bits (numba has no reinterpreting cast)."""
+    """The float32 with these bits."""
 
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], context.get_value_type(types.float32))
@@ -62,68 +67,112 @@ def _float_from_bits(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
-_ONE, _TWO, _HALF = np.float32(1), np.float32(2), np.float32(0.5)
-# exp(x) = 2^n exp(r), |r| <= log(2)/2, with log(2) in two parts so that r is exact; the polynomial is the degree-7 one
-# of the Cephes library (S. Moshier), good to 1 ulp. Beyond +-87 a sigmoid is 0 or 1 in float32 to within 1e-38.
-_EXP_LIMIT = np.float32(87)
-_LOG2_E = np.float32(1.44269504088896341)
-_LOG_2_HIGH, _LOG_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_EXP_5, _EXP_4, _EXP_3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_EXP_2, _EXP_1, _EXP_0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_EXPONENT_BIAS, _EXPONENT_SHIFT = np.int32(127), np.int32(23)
+@intrinsic
+def _widen(typingctx, value):
+    """A float32, or the bits of a bfloat16 in an int16, as a float32."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, bits.type(16)), ir.FloatType())
+
+    return types.float32(value), codegen
+
+
+@intrinsic
+def _bits(typingctx, value):
+    """The bits of a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), codegen
+
+
+def _bound(operation: str):
+    """The smaller or larger of two float32, or NaN if either is; comparisons that keep a NaN cost more instructions."""
+
+    @intrinsic
+    def bound(typingctx, value, limit):
+        def codegen(context, builder, signature, args):
+            float32 = args[0].type
+            function_type = ir.FunctionType(float32, [float32, float32])
+            function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{operation}.f32")
+            return builder.call(function, args)
+
+        return types.float32(types.float32, types.float32), codegen
+
+    return bound
+
+
+_minimum, _maximum = _bound("minimum"), _bound("maximum")
+
+
+# --- The cell -------------------------------------------------------------------------------------------------------
+
+_ONE, _TWO, _LOG2_E = np.float32(1), np.float32(2), np.float32(math.log2(math.e))
+# e^x = 2^n 2^r with n an integer and |r| <= 1/2. Adding a number so large that its unit of rounding is 1 leaves n, with
+# the exponent's bias, in the sum's lowest bits, from where it is shifted into place; 2^r is a minimax polynomial, good
+# to 2e-9. The sigmoid of more than 25 log(2) is 1 in float32, and that of less than -125 log(2) is 0 to within 1e-37.
+_ROUNDING, _EXPONENT_SHIFT = np.float32(1.5 * 2**23 + 127), np.int32(23)
+_LOWEST, _HIGHEST = np.float32(-125), np.float32(25)
+_EXP_1, _EXP_2, _EXP_3 = np.float32(0.69314718246), np.float32(0.24022647738), np.float32(0.05550332367)
+_EXP_4, _EXP_5, _EXP_6 = np.float32(0.00961843691766), np.float32(0.00133988750167), np.float32(0.00015353361960)
 
 
 @_inline()
 def _exp(x):
-    # Comparisons in this direction keep NaN a NaN.
-    x = -_EXP_LIMIT if x < -_EXP_LIMIT else x
-    x = _EXP_LIMIT if x > _EXP_LIMIT else x
-    n = np.floor(x * _LOG2_E + _HALF)
-    r = x - n * _LOG_2_HIGH - n * _LOG_2_LOW
-    polynomial = ((((_EXP_5 * r + _EXP_4) * r + _EXP_3) * r + _EXP_2) * r + _EXP_1) * r + _EXP_0
-    return (polynomial * r * r + r + _ONE) * _float_from_bits((np.int32(n) + _EXPONENT_BIAS) << _EXPONENT_SHIFT)
+    """e^x for -86 < x < 17, and beyond that e^-86 and e^17."""
+    x = _minimum(_maximum(x * _LOG2_E, _LOWEST), _HIGHEST)
+    shifted = x + _ROUNDING
+    r = x - (shifted - _ROUNDING)
+    power = (((((_EXP_6 * r + _EXP_5) * r + _EXP_4) * r + _EXP_3) * r + _EXP_2) * r + _EXP_1) * r + _ONE
+    return power * _float_from_bits(_bits(shifted) << _EXPONENT_SHIFT)
 
 
 @_inline()
 def _sigmoid(x):
-    return _ONE / (_ONE + _exp(-x))
+    odds = _exp(x)
+    return odds / (odds + _ONE)
 
 
 @_inline()
 def _tanh(x):
-    return _TWO * _sigmoid(_TWO * x) - _ONE
+    odds = _exp(_TWO * x)
+    return (odds - _ONE) / (odds + _ONE)
 
 
 # Every operand of the loop over channels lies in one scratch buffer of rows this far apart. LLVM then knows at compile
-# time that the rows do not overlap; with twenty arrays it would give up on vector instructions.
-_WIDTH = 256
-
+# time that the rows do not overlap; with twenty arrays it would give up on vector instructions. Not a power of two, or
+# all rows would compete for the same few lines of the cache.
+_WIDTH = 1024 + _VECTOR
 
 # Rows of the scratch buffer: the fields of `LrcParameters` in their order, ...
 _SCALE, _SHIFT, _FORGET_WEIGHT, _UPDATE_WEIGHT, _CONDUCTANCE, _POTENTIAL, _ELASTANCE_WEIGHT, _BIAS, _ELASTANCE_SHIFT = (
     row * _WIDTH for row in range(9)
 )
-# ... one step's operands, ...
+# ... one step's operands, the inputs with their parameter added, ...
 _STATE, _FORGET, _UPDATE, _ELASTANCE = (row * _WIDTH for row in range(9, 13))
 _FORWARD_SIZE = 13 * _WIDTH
-# ... and for the adjoint, what it carries, reads and writes, and the nine sums of the parameters' gradients.
-_ADJOINT, _GRAD_STATE, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = (row * _WIDTH for row in range(13, 19))
-_SUMS, _BACKWARD_SIZE = 19 * _WIDTH, 28 * _WIDTH
+# ... and for the adjoint, what it carries and writes, and the nine sums of the parameters' gradients.
+_ADJOINT, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = (row * _WIDTH for row in range(13, 18))
+_SUMS, _BACKWARD_SIZE = 18 * _WIDTH, 27 * _WIDTH
 
 
 @_inline()
-def _cell(s, j, state, forget_input, update_input, elastance_input):
-    """`recurrence._cell` for channel j of the scratch buffer s."""
-    activation = _sigmoid(s[_SCALE + j] * (state - s[_SHIFT + j]))
-    forget_gate = _sigmoid(s[_CONDUCTANCE + j] + forget_input + s[_FORGET_WEIGHT + j] * activation)
-    update = _tanh(s[_CONDUCTANCE + j] + update_input + s[_UPDATE_WEIGHT + j] * activation)
-    velocity = s[_POTENTIAL + j] * update - forget_gate * state
-    return activation, forget_gate, update, velocity, s[_ELASTANCE_WEIGHT + j] * state + s[_BIAS + j] + elastance_input
+def _cell(s, j):
+    """`recurrence._cell` for channel j of the scratch buffer, without the elastance."""
+    activation = _sigmoid(s[_SCALE + j] * (s[_STATE + j] - s[_SHIFT + j]))
+    forget_gate = _sigmoid(s[_FORGET + j] + s[_FORGET_WEIGHT + j] * activation)
+    update = _tanh(s[_UPDATE + j] + s[_UPDATE_WEIGHT + j] * activation)
+    return activation, forget_gate, update, s[_POTENTIAL + j] * update - forget_gate * s[_STATE + j]
 
 
 @_inline()
-def _elastance(s, j, drive, symmetric):
+def _elastance(s, j, symmetric):
     """eps and its derivatives by drive and shift; `symmetric` None (or True) makes two compilations of the caller."""
+    drive = s[_ELASTANCE + j] + s[_ELASTANCE_WEIGHT + j] * s[_STATE + j]
     if symmetric is None:
         elastance = _sigmoid(drive)
         slope = elastance * (_ONE - elastance)
@@ -142,11 +191,15 @@ def _load(s, row, array, offset, count):
 
 
 @_inline()
-def _zero_what_is_not_finite(s, row, count):
-    target = s[row : row + count]
+def _load_sum(s, row, addend, array, offset, count, finite):
+    """An input plus a parameter. `finite` takes inputs that are not for 0, for steps whose inputs must not matter."""
+    source, target, addend = array[offset : offset + count], s[row : row + count], s[addend : addend + count]
     for j in range(count):
-        if not math.isfinite(target[j]):
-            target[j] = 0
+        target[j] = addend[j] + _widen(source[j])
+    if finite:
+        for j in range(count):
+            if not math.isfinite(target[j]):
+                target[j] = addend[j]
 
 
 @_inline()
@@ -166,9 +219,10 @@ def _sum(values):
 
 @_inline()
 def _block(item, blocks, width, size):
-    """Batch row, first channel and number of channels of a work item."""
+    """Batch row, first channel and number of channels of a work item, and that number in whole vectors."""
     first = (item % blocks) * width
-    return item // blocks, first, min(width, size - first)
+    count = min(width, size - first)
+    return item // blocks, first, count, (count + _VECTOR - 1) // _VECTOR * _VECTOR
 
 
 @_kernel
@@ -181,23 +235,23 @@ def _lrc_forward(
     steps, size = states.shape[1], states.shape[2]
     s = np.zeros(_FORWARD_SIZE, np.float32)
     for item in range(start, stop):
-        b, first, count = _block(item, blocks, width, size)
+        b, first, count, padded = _block(item, blocks, width, size)
         for k in range(len(w)):
             _load(s, k * _WIDTH, w[k], first, count)
+        s[_STATE : _STATE + _WIDTH] = 0
         _load(s, _STATE, initial[b], first, count)
         for t in range(steps):
             if fresh[b * fresh_b + t * fresh_t]:
                 s[_STATE : _STATE + _WIDTH] = 0
-            step = dt[b * dt_b + t * dt_t]
+            step = _widen(dt[b * dt_b + t * dt_t])
             if step != 0:
-                _load(s, _FORGET, c, b * c_b + t * c_t + first, count)
-                _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
-                _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
-                for j in range(count):
-                    x = s[_STATE + j]
-                    _, _, _, velocity, drive = _cell(s, j, x, s[_FORGET + j], s[_UPDATE + j], s[_ELASTANCE + j])
-                    eps, _, _ = _elastance(s, j, drive, symmetric)
-                    s[_STATE + j] = x + step * eps * velocity
+                _load_sum(s, _FORGET, _CONDUCTANCE, c, b * c_b + t * c_t + first, count, False)
+                _load_sum(s, _UPDATE, _CONDUCTANCE, d, b * d_b + t * d_t + first, count, False)
+                _load_sum(s, _ELASTANCE, _BIAS, q, b * q_b + t * q_t + first, count, False)
+                for j in range(padded):
+                    _, _, _, velocity = _cell(s, j)
+                    eps, _, _ = _elastance(s, j, symmetric)
+                    s[_STATE + j] += step * eps * velocity
             _store(s, _STATE, states[b, t], first, count)
 
 
@@ -213,7 +267,7 @@ def _lrc_backward(
     steps, size = states.shape[1], states.shape[2]
     s = np.zeros(_BACKWARD_SIZE, np.float32)
     for item in range(start, stop):
-        b, first, count = _block(item, blocks, width, size)
+        b, first, count, padded = _block(item, blocks, width, size)
         for k in range(len(w)):
             _load(s, k * _WIDTH, w[k], first, count)
         s[_ADJOINT : _ADJOINT + _WIDTH] = 0
@@ -225,19 +279,15 @@ def _lrc_backward(
                 _load(s, _STATE, initial[b], first, count)
             else:
                 _load(s, _STATE, states[b, t - 1], first, count)
-            step = dt[b * dt_b + t * dt_t]
-            _load(s, _FORGET, c, b * c_b + t * c_t + first, count)
-            _load(s, _UPDATE, d, b * d_b + t * d_t + first, count)
-            _load(s, _ELASTANCE, q, b * q_b + t * q_t + first, count)
-            _load(s, _GRAD_STATE, g, b * g_b + t * g_t + first, count)
-            if step == 0:
-                for row in (_FORGET, _UPDATE, _ELASTANCE):
-                    _zero_what_is_not_finite(s, row, count)
-            for j in range(count):
-                x = s[_STATE + j]
-                n, gate, tanh_z, velocity, drive = _cell(s, j, x, s[_FORGET + j], s[_UPDATE + j], s[_ELASTANCE + j])
-                eps, eps_slope, shift_slope = _elastance(s, j, drive, symmetric)
-                lam = s[_ADJOINT + j] + s[_GRAD_STATE + j]
+            step = _widen(dt[b * dt_b + t * dt_t])
+            _load_sum(s, _FORGET, _CONDUCTANCE, c, b * c_b + t * c_t + first, count, step == 0)
+            _load_sum(s, _UPDATE, _CONDUCTANCE, d, b * d_b + t * d_t + first, count, step == 0)
+            _load_sum(s, _ELASTANCE, _BIAS, q, b * q_b + t * q_t + first, count, step == 0)
+            _load_sum(s, _ADJOINT, _ADJOINT, g, b * g_b + t * g_t + first, count, False)
+            for j in range(padded):
+                x, lam = s[_STATE + j], s[_ADJOINT + j]
+                n, gate, tanh_z, velocity = _cell(s, j)
+                eps, eps_slope, shift_slope = _elastance(s, j, symmetric)
                 grad_eps = lam * step * velocity
                 grad_velocity = lam * step * eps
                 grad_drive = grad_eps * eps_slope
@@ -284,7 +334,7 @@ def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, 
     steps, size = states.shape[1], states.shape[2]
     state = np.empty(width, np.float32)
     for item in range(start, stop):
-        b, first, count = _block(item, blocks, width, size)
+        b, first, count, _ = _block(item, blocks, width, size)
         for j in range(count):
             state[j] = initial[b, first + j]
         for k in range(steps):
@@ -293,7 +343,7 @@ def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, 
             u_row = u[b * u_b + t * u_t + first :][:count]
             row = states[b, t, first : first + count]
             for j in range(count):
-                state[j] = a_row[j] * state[j] + u_row[j]
+                state[j] = _widen(a_row[j]) * state[j] + _widen(u_row[j])
                 row[j] = state[j]
 
 
@@ -301,11 +351,19 @@ def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, 
 
 
 def _rows(tensor: Tensor) -> tuple[np.ndarray, int, int]:
-    """A (B, T, ...) tensor as a flat array and its two leading strides; copied only if channels are not contiguous."""
+    """A (B, T, ...) tensor as a flat array of float32, bool or the bits of bfloat16, and its two leading strides.
+
+    Copied only if its channels are not contiguous or its type is another.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    elif tensor.dtype != torch.bool:
+        tensor = tensor.float()
     if tensor.dim() == 3 and tensor.stride(2) != 1 and tensor.shape[2] != 1:
         tensor = tensor.contiguous()
     extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
-    flat = tensor.detach().as_strided((extent,), (1,)) if tensor.numel() else tensor.new_empty(0)
+    flat = tensor.as_strided((extent,), (1,)) if tensor.numel() else tensor.new_empty(0)
     return flat.numpy(), tensor.stride(0), tensor.stride(1)
 
 
@@ -346,17 +404,22 @@ def _partition(batch: int, size: int) -> tuple[int, int]:
     return -(-size // width), width
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float()
+def _empty(*shape: int) -> Tensor:
+    """A new tensor aligned to cache lines. From numpy, which asks for huge pages, so that the kernel that fills it does
+    not wait for a page fault every 4 KiB."""
+    count, line = math.prod(shape), 64
+    buffer = np.empty(count + line // 4, np.float32)
+    first = -buffer.ctypes.data % line // 4
+    return torch.from_numpy(buffer[first : first + count]).view(shape)
 
 
 def _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> tuple:
     batch, steps, size = forget_input.shape
     return (
-        _rows(_float(forget_input)),
-        _rows(_float(update_input)),
-        _optional(_float(elastance_input), 0.0, batch, steps, size),
-        _optional(_float(time_step), 1.0, batch, steps),
+        _rows(forget_input),
+        _rows(update_input),
+        _optional(elastance_input, 0.0, batch, steps, size),
+        _optional(time_step, 1.0, batch, steps),
         _optional(reset, False, batch, steps),
         initial_state.detach().contiguous().numpy(),
         weights.detach().contiguous().numpy(),
@@ -368,7 +431,7 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
 def lrc_scan_cpu(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> Tensor:
     """The states (B, T, D); arguments as in `recurrence._lrc_scan_op`."""
     batch, steps, size = forget_input.shape
-    states = initial_state.new_empty(batch, steps, size)
+    states = _empty(batch, steps, size)
     operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
     blocks, width = _partition(batch, size)
     _run(_lrc_forward, (*operands, states.numpy()), batch, steps, size, blocks, width)
@@ -382,10 +445,10 @@ def lrc_scan_backward_cpu(
     batch, steps, size = forget_input.shape
     operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
     blocks, width = _partition(batch, size)
-    grad_forget, grad_update = torch.empty_like(states), torch.empty_like(states)
+    grad_forget, grad_update = _empty(batch, steps, size), _empty(batch, steps, size)
     # Without an elastance input its gradient is written over and over into one row that stays in cache; one row for
     # each batch row, so that threads do not share it.
-    grad_elastance = states.new_empty(batch, 1 if elastance_input is None else steps, size)
+    grad_elastance = _empty(batch, 1 if elastance_input is None else steps, size)
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = initial_state.new_empty(batch, size)
     grad_weights = weights.new_zeros(batch, *weights.shape, dtype=torch.float64)
@@ -412,7 +475,7 @@ def lrc_scan_backward_cpu(
 def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     """The states (B, T, D) of the linear recurrence; arguments as in `recurrence.prefix_scan`."""
     batch, steps, size = inputs.shape
-    states = initial_state.new_empty(batch, steps, size)
+    states = _empty(batch, steps, size)
     blocks, width = _partition(batch, size)
     initial = initial_state.detach().contiguous().numpy()
     arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), reverse)
