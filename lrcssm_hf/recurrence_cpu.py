@@ -116,10 +116,11 @@ def _prefetch(typingctx, array, index):
     """Asks for the cache line that array[index] is in, or would be in if there were one."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
-        flag = ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [address, flag, flag, flag])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), address)
         builder.call(function, [pointer, flag(0), flag(3), flag(1)])
         return context.get_dummy_value()
 
