@@ -28,7 +28,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SOLVERS = ("auto", "sequential", "newton", "chunked")
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "triton")
 
 # Operators are global, and transformers makes a copy of this file for every Hub model's code: each has its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -197,15 +197,19 @@ def _residual(states: Tensor, previous: Tensor, target: Tensor) -> float:
     return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if error.numel() else 0.0
 
 
+def last_changes(time_step: Tensor, reset: Tensor | None) -> Tensor:
+    """(B, T): for every step the last one, counted from 1, that took time or was reset; 0 where there was none."""
+    changed = time_step != 0 if reset is None else (time_step != 0) | reset
+    steps = torch.arange(1, time_step.shape[1] + 1, device=time_step.device)
+    return torch.where(changed, steps, 0).cummax(dim=1).values
+
+
 def _hold(states: Tensor, initial_state: Tensor, problem: _Problem) -> Tensor:
     """The states with those of steps of no time made bit for bit what they were before, not just to the tolerance."""
     if problem.time_step is None:
         return states
-    changed = problem.time_step != 0
-    if problem.reset is not None:
-        changed = changed | problem.reset
-    steps = torch.arange(1, states.shape[1] + 1, device=states.device).unsqueeze(-1)
-    last_change = torch.where(changed, steps, 0).cummax(dim=1).values
+    reset = None if problem.reset is None else problem.reset.squeeze(-1)
+    last_change = last_changes(problem.time_step.squeeze(-1), reset).unsqueeze(-1)
     return torch.cat([initial_state.unsqueeze(1), states], dim=1).gather(1, last_change.expand_as(states))
 
 
@@ -326,8 +330,9 @@ def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: b
 
 @torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    if kernels := _cpu_kernels(initial_state):
-        return kernels.prefix_scan(decay, inputs, initial_state, reverse)
+    backend = _fastest_backend(initial_state)
+    if backend != "torch":
+        return _KERNELS[backend]().prefix_scan(decay, inputs, initial_state, reverse)
     dtype = initial_state.dtype
     return _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
 
@@ -421,22 +426,23 @@ def _lrc_scan_op(
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states, final_state, [iterations, residual, fell_back, index of the solver])."""
-    if backend == "cpu":
-        states = _cpu_kernels(initial_state).lrc_scan(
-            forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
-        )
-        info = LrcScanInfo("sequential", 1, 0.0, False)
-    else:
+    if backend == "torch":
         problem = _make_problem(forget_input, update_input, elastance_input, time_step, reset, weights)
         states, info = _solve(problem, initial_state, solver, tolerance)
-    numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
-    return states.contiguous(), states[:, -1].clone(), torch.tensor(numbers, dtype=torch.float64)
+        numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
+        numbers = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+    else:
+        states, numbers = _KERNELS[backend]().lrc_scan(
+            forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
+        )
+    return states.contiguous(), states[:, -1].clone(), numbers
 
 
 @_lrc_scan_op.register_fake
 def _(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, *options):
     states = forget_input.new_empty(forget_input.shape, dtype=weights.dtype)
-    return states, initial_state.new_empty(initial_state.shape), torch.empty(4, dtype=torch.float64)
+    numbers = torch.empty(4, dtype=torch.float32, device=weights.device)
+    return states, initial_state.new_empty(initial_state.shape), numbers
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::lrc_scan_backward", mutates_args=())
@@ -457,8 +463,8 @@ def _lrc_scan_backward_op(
     The adjoint lam_t = g_t + J_{t+1} lam_{t+1} is linear: everything but one reverse scan is elementwise. Gradients of
     absent arguments are empty tensors.
     """
-    if backend == "cpu":
-        return _cpu_kernels(initial_state).lrc_scan_backward(
+    if backend != "torch":
+        return _KERNELS[backend]().lrc_scan_backward(
             grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
         )
     if weights.is_complex():
@@ -561,8 +567,8 @@ def lrc_scan(
         solver: `sequential` evaluates the definition; `newton` linearises all steps at once (DEER); `chunked` runs
             exact chunks in parallel and matches their boundaries; `auto` picks. All give the same states: a parallel
             solver that does not reach the tolerance is replaced by `sequential`.
-        backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `auto` takes
-            the kernel where it applies.
+        backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `triton` are
+            the kernels for GPUs, in float32 and float64; `auto` takes the kernels where they apply.
         tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver; by default 16
             units of rounding of the working dtype.
         return_info: also return an `LrcScanInfo`.
@@ -607,16 +613,21 @@ def lrc_scan(
         elastance_input = None if elastance_input is None else elastance_input.to(dtype)
     operands = (forget_input, update_input, elastance_input, time_step, reset)
 
+    if backend == "cpu" and solver not in ("auto", "sequential"):
+        raise ValueError(f"backend 'cpu' solves sequentially: use solver 'auto', or backend 'torch' for {solver!r}.")
     if backend == "auto":
-        backend = "cpu" if solver in ("auto", "sequential") and _cpu_kernels(initial_state) else "torch"
-    elif backend == "cpu":
-        if solver not in ("auto", "sequential"):
-            raise ValueError(
-                f"backend 'cpu' solves sequentially: use solver 'auto', or backend 'torch' for {solver!r}."
-            )
-        if not _cpu_kernels(initial_state):
-            missing = "numba" if _numba_kernels() is None else "float32 tensors on the CPU"
-            raise ValueError(f"backend 'cpu' needs {missing}, got {dtype} on {weights.device}; use backend 'auto'.")
+        backend = _fastest_backend(initial_state)
+        if backend == "cpu" and solver not in ("auto", "sequential"):
+            backend = "torch"
+    elif backend != "torch":
+        kernels = _KERNELS[backend]()
+        if kernels is None or not kernels.serves(initial_state):
+            package, tensors = {
+                "cpu": ("numba", "float32 tensors on the CPU"),
+                "triton": ("triton", "float32 or float64 tensors on a GPU (or TRITON_INTERPRET=1)"),
+            }[backend]
+            needs = tensors if kernels else package
+            raise ValueError(f"backend {backend!r} needs {needs}, got {dtype} on {weights.device}; use backend 'auto'.")
 
     if length == 0:
         states, final_state = weights.new_empty(batch, 0, size), initial_state
@@ -657,21 +668,40 @@ class _Kernels(NamedTuple):
     lrc_scan: Callable
     lrc_scan_backward: Callable
     prefix_scan: Callable
+    serves: Callable[[Tensor], bool]
+
+
+def _say_missing(error: ImportError, package: str, device: str) -> None:
+    if error.name != package:
+        raise error
+    logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {error}")
 
 
 @functools.cache
 def _numba_kernels() -> _Kernels | None:
-    """The compiled kernels, or None where numba is missing; says so once."""
+    """The compiled kernels for CPUs, or None where numba is missing; says so once."""
     try:
-        from .recurrence_cpu import lrc_scan_backward_cpu, lrc_scan_cpu, prefix_scan_cpu
+        from .recurrence_cpu import lrc_scan_backward_cpu, lrc_scan_cpu, prefix_scan_cpu, serves_cpu
     except ImportError as error:
-        if error.name != "numba":
-            raise
-        logger.warning(f"The recurrence runs in plain PyTorch on the CPU, which is slower. {error}")
-        return None
-    return _Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu)
+        return _say_missing(error, "numba", "CPU")
+    return _Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)
 
 
-def _cpu_kernels(tensor: Tensor) -> _Kernels | None:
-    """The kernels that serve tensors like this one, or None."""
-    return _numba_kernels() if tensor.device.type == "cpu" and tensor.dtype == torch.float32 else None
+@functools.cache
+def _triton_kernels() -> _Kernels | None:
+    """The kernels for GPUs, or None where triton is missing; says so once."""
+    try:
+        from .recurrence_triton import lrc_scan_backward_triton, lrc_scan_triton, prefix_scan_triton, serves_triton
+    except ImportError as error:
+        return _say_missing(error, "triton", "GPU")
+    return _Kernels(lrc_scan_triton, lrc_scan_backward_triton, prefix_scan_triton, serves_triton)
+
+
+_KERNELS = {"cpu": _numba_kernels, "triton": _triton_kernels}
+
+
+def _fastest_backend(tensor: Tensor) -> str:
+    """The backend that `auto` means for tensors like this one."""
+    backend = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(tensor.device.type)
+    kernels = _KERNELS[backend]() if backend else None
+    return backend if kernels and kernels.serves(tensor) else "torch"

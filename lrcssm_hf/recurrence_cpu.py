@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recurrence import LrcParameters
+from .recurrence import SOLVERS, LrcParameters
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -448,14 +448,21 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
     )
 
 
-def lrc_scan_cpu(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> Tensor:
-    """The states (B, T, D); arguments as in `recurrence._lrc_scan_op`."""
+def serves_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def lrc_scan_cpu(
+    forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
+) -> tuple[Tensor, Tensor]:
+    """The states (B, T, D), solved sequentially, and the operator's numbers; arguments as in
+    `recurrence._lrc_scan_op`."""
     batch, steps, size = forget_input.shape
     states = _empty(batch, steps, size)
     operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
     blocks, width = _partition(batch, size)
     _run(_lrc_forward, (*operands, states.numpy()), batch, steps, size, blocks, width)
-    return states
+    return states, torch.tensor([1, 0, 0, SOLVERS.index("sequential")], dtype=torch.float32)
 
 
 def lrc_scan_backward_cpu(

@@ -1,0 +1,104 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Compiles the Triton kernels for GPUs that need not be there, and shows the registers they take.
+
+    python scripts/compile_kernels.py
+
+calls the operators as a model would, with a driver in the place of Triton's own that names a GPU but has none: whatever
+would have been launched is compiled instead. Exits with 1 if a compiler had to spill registers to memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from lrcssm_hf import recurrence_triton
+
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Dtype of the inputs, dtype of the states, and whether with everything that is optional.
+VARIANTS = [
+    (torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.float32, True),
+    (torch.float64, torch.float64, True),
+]
+
+
+def call_operators(inputs_dtype: torch.dtype, dtype: torch.dtype, full: bool) -> None:
+    """Every kernel once; the tensors are never read."""
+    batch, steps, size = 2, 512, 128
+    inputs, states = torch.empty(batch, steps, size, dtype=inputs_dtype), torch.empty(batch, steps, size, dtype=dtype)
+    initial, weights = torch.empty(batch, size, dtype=dtype), torch.empty(9 if full else 8, size, dtype=dtype)
+    elastance_input = inputs if full else None
+    time_step = torch.ones(batch, steps) if full else None
+    reset = torch.zeros(batch, steps, dtype=torch.bool) if full else None
+    operands = (inputs, inputs, elastance_input, time_step, reset, initial, weights)
+    for solver in ("sequential", "chunked", "newton"):
+        recurrence_triton.lrc_scan_triton(*operands, solver, 1e-6)
+    recurrence_triton.lrc_scan_backward_triton(states, states, *operands)
+    for reverse in (False, True):
+        recurrence_triton.prefix_scan_triton(inputs, inputs, initial, reverse)
+
+
+def compile_kernels(name: str) -> list[tuple[str, str, str, int, int]]:
+    """(target, variant, kernel, registers, bytes spilled) of every kernel launched for a target."""
+    no_gpu = SimpleNamespace(
+        get_current_target=lambda: TARGETS[name],
+        get_current_device=lambda: list(TARGETS).index(name),
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(no_gpu)
+    # As if the GPU were so large that all kernels that cut time into chunks do.
+    recurrence_triton._lanes = lambda device: 1 << 20
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    run, rows = JITFunction.run, {}
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if "amdgcn" in compiled.asm:
+            text = compiled.asm["amdgcn"]
+            registers, spilled = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
+        else:
+            text, registers, spilled = log.getvalue(), r"Used (\d+) registers", r"(\d+) bytes spill stores"
+        if text:  # Launched for the first time.
+            counts = [int(re.search(pattern, text).group(1)) for pattern in (registers, spilled)]
+            rows[variant, compiled.hash] = (name, variant, kernel.__name__, *counts)
+
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for inputs_dtype, dtype, full in VARIANTS:
+            variant = f"{inputs_dtype}".removeprefix("torch.") + (", all options" if full else "")
+            call_operators(inputs_dtype, dtype, full)
+    return list(rows.values())
+
+
+def main() -> None:
+    with ProcessPoolExecutor(min(len(TARGETS), os.cpu_count() or 1)) as pool:
+        rows = [row for rows in pool.map(compile_kernels, TARGETS) for row in rows]
+    print("| target | inputs | kernel | registers | bytes spilled |\n|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+    spilling = [row for row in rows if row[-1]]
+    sys.exit(f"{len(spilling)} of {len(rows)} kernels spill registers: {spilling}" if spilling else 0)
+
+
+if __name__ == "__main__":
+    main()
