@@ -604,6 +604,8 @@ def lrc_scan_triton(
     operands, strides = _operands(forget_input, update_input, elastance_input, time_step, reset, weights)
     initial = initial_state.contiguous()
     options = _options(weights, size, SYMMETRIC=weights.shape[0] == len(LrcParameters._fields))
+    if solver == "newton":
+        options["BLOCK"] = max(16, options["BLOCK"] // 2)
     blocks = triton.cdiv(size, options["BLOCK"])
     log = weights.new_zeros(4, batch, blocks, dtype=torch.float32)
     log[3] = SOLVERS.index(solver)
@@ -731,7 +733,8 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
             products, ends, starts = states.new_empty(3, batch, triton.cdiv(steps, chunk), size)
             unsolved = states.new_empty(batch, blocks, dtype=torch.int32)
             scan(None, products, ends, None, chunk)
-            _starts(products, ends, initial, starts, unsolved, reverse)
+            # Chunks are numbered in the order of the scan, whichever way that goes through time.
+            _starts(products, ends, initial, starts, unsolved, reverse=False)
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)
     return states

@@ -33,6 +33,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# ptxas gives away one or two values of a thread, with registers to spare, to fit one more block on a processor.
+TOLERATED_BYTES = 16
 # Dtype of the inputs, dtype of the states, and whether with everything that is optional.
 VARIANTS = [
     (torch.bfloat16, torch.float32, False),
@@ -96,7 +98,7 @@ def main() -> None:
     print("| target | inputs | kernel | registers | bytes spilled |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")
-    spilling = [row for row in rows if row[-1]]
+    spilling = [row for row in rows if row[-1] > TOLERATED_BYTES]
     sys.exit(f"{len(spilling)} of {len(rows)} kernels spill registers: {spilling}" if spilling else 0)
 
 
