@@ -304,9 +304,8 @@ class TestOnGPU:
         assert torch.cuda.max_memory_allocated() <= 1.1 * elements * (4 * 2 + 2 * 4)
 
     def test_compiled_model_code(self):
-        forget_input, update_input, parameters, options = to_device(
-            random_problem(2, 256, 64, full=True), torch.float32
-        )
+        problem = to_device(random_problem(2, 256, 64, full=True), torch.float32)
+        forget_input, update_input, parameters, options = problem
         scan = torch.compile(lambda c, d: lrc_scan(c, d, parameters, **options)[0] * 2, fullgraph=True)
         expected = lrc_scan(forget_input, update_input, parameters, **options)[0] * 2
         states = scan(forget_input, update_input)
