@@ -32,6 +32,12 @@ def test_the_table_is_what_the_comparison_wrote():
     assert (ROOT / "scripts" / "results" / "block_comparison.md").read_text().strip() in README
 
 
+def test_the_figures_are_what_the_benchmark_wrote():
+    figures = re.findall(r"^- lrc_scan takes .*$", README, flags=re.MULTILINE)
+    written = (ROOT / "scripts" / "results" / "recurrence_cpu.md").read_text()
+    assert len(figures) == 2 and all(figure in written for figure in figures)
+
+
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
