@@ -72,8 +72,8 @@ TRAINING = {  # model, tokens per optimizer step, and the lengths they are cut i
     "cuda": ("100 M", 32768, [512, 2048, 8192, 32768]),
     "quick": ("tiny", 128, [32, 64]),
 }
-# glibc's malloc gives large tensors back to the system once they are freed. Contenders that allocate their results would
-# then be measured by how fast the system finds and clears fresh pages.
+# glibc's malloc gives large tensors back to the system once they are freed. Contenders that allocate their results
+# would then be measured by how fast the system finds and clears fresh pages.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 STEP_LIMIT = 60  # seconds
 PIECE = 8192  # tokens of a context that are read at once
