@@ -332,7 +332,7 @@ def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: b
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     backend = _fastest_backend(initial_state)
     if backend != "torch":
-        return _KERNELS[backend]().prefix_scan(decay, inputs, initial_state, reverse)
+        return _kernels(backend).prefix_scan(decay, inputs, initial_state, reverse)
     dtype = initial_state.dtype
     return _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
 
@@ -432,7 +432,7 @@ def _lrc_scan_op(
         numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
         numbers = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
     else:
-        states, numbers = _KERNELS[backend]().lrc_scan(
+        states, numbers = _kernels(backend).lrc_scan(
             forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
         )
     return states.contiguous(), states[:, -1].clone(), numbers
@@ -464,7 +464,7 @@ def _lrc_scan_backward_op(
     absent arguments are empty tensors.
     """
     if backend != "torch":
-        return _KERNELS[backend]().lrc_scan_backward(
+        return _kernels(backend).lrc_scan_backward(
             grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
         )
     if weights.is_complex():
@@ -620,7 +620,7 @@ def lrc_scan(
         if backend == "cpu" and solver not in ("auto", "sequential"):
             backend = "torch"
     elif backend != "torch":
-        kernels = _KERNELS[backend]()
+        kernels = _kernels(backend)
         if kernels is None or not kernels.serves(initial_state):
             package, tensors = {
                 "cpu": ("numba", "float32 tensors on the CPU"),
@@ -662,8 +662,8 @@ def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-class _Kernels(NamedTuple):
-    """A backend's implementation of the operators above."""
+class Kernels(NamedTuple):
+    """A backend's implementation of the operators above, for the tensors that it serves."""
 
     lrc_scan: Callable
     lrc_scan_backward: Callable
@@ -671,37 +671,25 @@ class _Kernels(NamedTuple):
     serves: Callable[[Tensor], bool]
 
 
-def _say_missing(error: ImportError, package: str, device: str) -> None:
-    if error.name != package:
-        raise error
-    logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {error}")
-
-
 @functools.cache
-def _numba_kernels() -> _Kernels | None:
-    """The compiled kernels for CPUs, or None where numba is missing; says so once."""
+def _kernels(backend: str) -> Kernels | None:
+    """The kernels of `cpu` or `triton`, or None where their package is missing; says so once."""
     try:
-        from .recurrence_cpu import lrc_scan_backward_cpu, lrc_scan_cpu, prefix_scan_cpu, serves_cpu
+        if backend == "cpu":
+            from .recurrence_cpu import KERNELS
+        else:
+            from .recurrence_triton import KERNELS
     except ImportError as error:
-        return _say_missing(error, "numba", "CPU")
-    return _Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)
-
-
-@functools.cache
-def _triton_kernels() -> _Kernels | None:
-    """The kernels for GPUs, or None where triton is missing; says so once."""
-    try:
-        from .recurrence_triton import lrc_scan_backward_triton, lrc_scan_triton, prefix_scan_triton, serves_triton
-    except ImportError as error:
-        return _say_missing(error, "triton", "GPU")
-    return _Kernels(lrc_scan_triton, lrc_scan_backward_triton, prefix_scan_triton, serves_triton)
-
-
-_KERNELS = {"cpu": _numba_kernels, "triton": _triton_kernels}
+        if error.name not in ("numba", "triton"):
+            raise
+        device = "CPU" if backend == "cpu" else "GPU"
+        logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {error}")
+        return None
+    return KERNELS
 
 
 def _fastest_backend(tensor: Tensor) -> str:
     """The backend that `auto` means for tensors like this one."""
     backend = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(tensor.device.type)
-    kernels = _KERNELS[backend]() if backend else None
+    kernels = _kernels(backend) if backend else None
     return backend if kernels and kernels.serves(tensor) else "torch"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recurrence import SOLVERS, LrcParameters
+from .recurrence import SOLVERS, Kernels, LrcParameters
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -32,7 +32,7 @@ except ImportError as error:
     raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
 
 
-# Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo exp's two-part reduction, and
+# Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo the rounding in `_exp`, and
 # never the assumption that nothing is NaN: a NaN input has to be seen in the output.
 _FAST = {"contract", "arcp", "nsz"}
 _inline = functools.partial(njit, inline="always", fastmath=_FAST, error_model="numpy")
@@ -508,3 +508,6 @@ def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, revers
     arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), reverse)
     _run(_linear_scan, arguments, batch, steps, size, blocks, width)
     return states
+
+
+KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)

@@ -28,7 +28,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .recurrence import SOLVERS, LrcParameters, last_changes
+from .recurrence import SOLVERS, Kernels, LrcParameters, last_changes
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -738,3 +738,6 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)
     return states
+
+
+KERNELS = Kernels(lrc_scan_triton, lrc_scan_backward_triton, prefix_scan_triton, serves_triton)

@@ -163,7 +163,6 @@ def test_nan_is_not_hidden():
 def test_operators_are_what_compilers_expect():
     forget_input, update_input, parameters, options = to_device(random_problem(1, 6, 2, full=True), torch.float32)
     weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
-    operands = (forget_input, update_input, *options.values(), weights)
     order = ("elastance_input", "time_step", "reset", "initial_state")
     operands = (forget_input, update_input, *[options[name] for name in order], weights)
     torch.library.opcheck(recurrence._lrc_scan_op, (*operands, "chunked", "triton", 1e-6))
