@@ -13,7 +13,6 @@ sequence is solved by prefix scans. Shapes: B batch, T steps, D state.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import re
@@ -671,9 +670,18 @@ class Kernels(NamedTuple):
     serves: Callable[[Tensor], bool]
 
 
-@functools.cache
+# What was imported, by backend. Not functools.cache: torch.compile would warn of it.
+_loaded: dict[str, Kernels | None] = {}
+
+
 def _kernels(backend: str) -> Kernels | None:
     """The kernels of `cpu` or `triton`, or None where their package is missing; says so once."""
+    if backend not in _loaded:
+        _loaded[backend] = _load_kernels(backend)
+    return _loaded[backend]
+
+
+def _load_kernels(backend: str) -> Kernels | None:
     try:
         if backend == "cpu":
             from .recurrence_cpu import KERNELS

@@ -561,7 +561,7 @@ def test_cpu_backend_refuses_float64():
 def test_without_numba_the_torch_path_runs_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "lrcssm_hf.recurrence_cpu", raising=False)
-    recurrence._kernels.cache_clear()
+    recurrence._loaded.clear()
     try:
         forget_input, update_input, parameters, _ = cast(random_problem(2, 40, 3), torch.float32)
         with caplog.at_level("WARNING"):
@@ -572,4 +572,4 @@ def test_without_numba_the_torch_path_runs_and_says_so_once(monkeypatch, caplog)
         with pytest.raises(ValueError, match="needs numba"):
             lrc_scan(forget_input, update_input, parameters, backend="cpu")
     finally:
-        recurrence._kernels.cache_clear()
+        recurrence._loaded.clear()
