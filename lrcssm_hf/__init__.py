@@ -1,7 +1,14 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """LrcSSM for Hugging Face. Importing this package registers the model with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_lrcssm import LrcSSMConfig
 from .modeling_lrcssm import (
@@ -18,6 +25,8 @@ AutoConfig.register("lrcssm", LrcSSMConfig)
 AutoModel.register(LrcSSMConfig, LrcSSMModel)
 AutoModelForCausalLM.register(LrcSSMConfig, LrcSSMForCausalLM)
 AutoModelForSequenceClassification.register(LrcSSMConfig, LrcSSMForSequenceClassification)
+AutoModelForTokenClassification.register(LrcSSMConfig, LrcSSMForSequenceModeling)
+AutoModelForTimeSeriesPrediction.register(LrcSSMConfig, LrcSSMForSequenceModeling)
 
 __version__ = "0.1.0"
 

@@ -17,6 +17,15 @@ _CHOICES = {
     "solver": SOLVERS,
     "backend": BACKENDS,
 }
+# What an Auto class loads, with `trust_remote_code`, from the code saved beside the weights where there is no package.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_lrcssm.LrcSSMConfig",
+    "AutoModel": "modeling_lrcssm.LrcSSMModel",
+    "AutoModelForCausalLM": "modeling_lrcssm.LrcSSMForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_lrcssm.LrcSSMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_lrcssm.LrcSSMForSequenceModeling",
+    "AutoModelForTimeSeriesPrediction": "modeling_lrcssm.LrcSSMForSequenceModeling",
+}
 
 
 @strict
@@ -71,6 +80,7 @@ class LrcSSMConfig(PreTrainedConfig):
 
     >>> config = LrcSSMConfig(vocab_size=256, hidden_size=192, num_hidden_layers=4)
     >>> model = LrcSSMForCausalLM(config)
+
     ```"""
 
     model_type = "lrcssm"
@@ -121,6 +131,8 @@ class LrcSSMConfig(PreTrainedConfig):
                 f"(`num_hidden_layers`), got {layer_types}."
             )
         super().__post_init__(**kwargs)
+        # Not what a loaded file says: transformers puts the repository's name there, and a copy would refer to it.
+        self.auto_map = dict(_AUTO_MAP)
 
     @property
     def layer_types(self) -> list[str]:
@@ -151,5 +163,8 @@ class LrcSSMConfig(PreTrainedConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
+
+# Has transformers save this code with every configuration.
+LrcSSMConfig.register_for_auto_class()
 
 __all__ = ["LrcSSMConfig"]

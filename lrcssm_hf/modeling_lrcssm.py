@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_lrcssm import LrcSSMConfig
 from .recurrence import LrcParameters, lrc_scan, prefix_scan
+from .saved_states import SavedStatesMixin
 
 
 class LrcSSMNeurons(nn.Module):
@@ -178,6 +179,7 @@ class LrcSSMSteps(NamedTuple):
         return cls(time_step.masked_fill(~packed_mask, 0), reset, order, count, count[:, -1])
 
     def pack(self, inputs: Tensor) -> Tensor:
+        """(B, T, H) in the user's order -> the unmasked steps at the front of each row."""
         if self.order is None:
             return inputs
         return inputs.gather(1, self.order.unsqueeze(-1).expand_as(inputs))
@@ -205,6 +207,7 @@ class LrcSSMConvolution(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
+        """As `nn.Conv1d` draws its weights; no bias."""
         bound = self.weight.shape[1] ** -0.5
         init.uniform_(self.weight, -bound, bound)
         init.zeros_(self.bias)
@@ -267,6 +270,7 @@ class LrcSSMMixer(nn.Module):
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
         conv_state, recurrent_state = _read_cache(past_key_values, self.layer_idx)
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
@@ -276,7 +280,7 @@ class LrcSSMMixer(nn.Module):
 
 
 class LrcSSMMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__()
@@ -286,6 +290,7 @@ class LrcSSMMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -301,6 +306,7 @@ class LrcSSMGatedBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
         hidden_states = hidden_states + self.dropout(
             self.mixer(self.mixer_norm(hidden_states), steps, past_key_values=past_key_values)
         )
@@ -335,6 +341,7 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
         _, recurrent_state = _read_cache(past_key_values, self.layer_idx)
         inputs = self.norm(hidden_states)
         states, recurrent_state = self.neurons(inputs, recurrent_state, steps.time_step, steps.reset)
@@ -346,22 +353,27 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         return self.dropout(self.mlp(hidden_states)) + hidden_states
 
 
-class LrcSSMPreTrainedModel(PreTrainedModel):
+BLOCKS = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}
+
+
+class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
     """Weight initialisation, and what transformers needs to know of the architecture."""
 
     config: LrcSSMConfig
     config_class = LrcSSMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LrcSSMGatedBlock", "LrcSSMPaperBlock"]
+    _no_split_modules = [block.__name__ for block in BLOCKS.values()]
     _skip_keys_device_placement = ["past_key_values"]
-    # A recurrent state cannot be rolled back: transformers then refuses assisted generation.
+    # A recurrent state cannot be rolled back.
     _is_stateful = True
 
     def __init__(self, config: LrcSSMConfig):
         # Fields may have been changed since the configuration was made.
         config.check_values()
         super().__init__(config)
+        # FSDP refuses to wrap a class of which the model has no module.
+        self._no_split_modules = [BLOCKS[config.block_type].__name__]
         if config.num_channels is not None:
             self.main_input_name = "input_values"
 
@@ -375,7 +387,12 @@ class LrcSSMPreTrainedModel(PreTrainedModel):
 
 
 class LrcSSMModel(LrcSSMPreTrainedModel):
-    """The bare model: tokens or series in, hidden states out."""
+    """The bare model: tokens or series in, hidden states out.
+
+    Blocks between an embedding (of tokens) or a projection (of `config.num_channels` channels) and a last norm. States
+    are kept in transformers' `DynamicCache`, whose layers hold `recurrent_states[0]` (batch_size, state_size), float32
+    at least, and `conv_states[0]` (batch_size, state_size, conv_kernel - 1); none grows with the sequence.
+    """
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__(config)
@@ -385,16 +402,15 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             self.encoder = LrcSSMPaperMLP(config.num_channels, config.hidden_size, config.hidden_size)
         else:
             self.encoder = nn.Linear(config.num_channels, config.hidden_size)
-        block = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}[config.block_type]
+        if config.num_channels is not None:
+            self._input_embed_layer = "encoder"  # Read by get_input_embeddings and set_input_embeddings.
+        block = BLOCKS[config.block_type]
         self.layers = nn.ModuleList(block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         # The paper's block ends in the residual stream that its classifier reads.
         gated = config.block_type == "gated"
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens if self.config.num_channels is None else self.encoder
 
     @can_return_tuple
     def forward(
@@ -406,6 +422,8 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         time_deltas: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -416,8 +434,12 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for real steps, 0 for padding,
                 which may lie anywhere and leaves no trace. With a cache, the mask may also cover the steps before; only
                 its last `sequence_length` columns are read.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): where it is 0, a new document
-                starts, and nothing before it is remembered. Needed only for several documents in one row.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): where it is 0 and the step
+                is not masked, a new document starts, and nothing before it is remembered. Needed only for several
+                documents in one row.
+            seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`), cu_seq_lens_q (`torch.Tensor` of shape
+                `(documents + 1,)`, for a batch of one row): two other ways in which collators tell documents apart, by
+                each step's document and by the steps where the documents begin and, last, where they end.
             past_key_values (`Cache`): the state to continue from, as returned by an earlier call.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): in place of ids.
             input_values (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): a continuous series,
@@ -426,6 +448,10 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 of the regular step; 1 by default.
             use_cache (`bool`): whether to return `past_key_values`.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
+
+        Returns:
+            `last_hidden_state` (batch_size, sequence_length, hidden_size), in which a masked step repeats the last
+            real one; `past_key_values` with `use_cache`; `hidden_states` with `output_hidden_states`.
 
         Raises:
             ValueError: an input is missing, has the wrong shape or, on the CPU, a value out of range.
@@ -441,10 +467,17 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask = self._step_mask(attention_mask, batch_size, length, past_key_values)
-        for argument, value in {"position_ids": position_ids, "time_deltas": time_deltas}.items():
+        per_step = {"position_ids": position_ids, "time_deltas": time_deltas, "seq_idx": seq_idx}
+        for argument, value in per_step.items():
             if value is not None and value.shape not in ((batch_size, length), (1, length)):
                 raise ValueError(f"`{argument}` must have shape {(batch_size, length)}, got {tuple(value.shape)}.")
+        if cu_seq_lens_q is not None:
+            seq_idx = self._documents(cu_seq_lens_q, batch_size, length)
         reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
+        if seq_idx is not None:
+            # Whether the first step continues what a cache holds, this does not say: it does.
+            changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch_size, -1)
+            reset = changes if reset is None else reset | changes
         time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
 
         steps = LrcSSMSteps.of(mask, time_deltas, reset)
@@ -452,7 +485,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         all_hidden_states = ()
         for layer in self.layers:
             if output_hidden_states:
+                # What is returned is what the layer reads, so that a gradient can be asked of it.
                 all_hidden_states += (steps.unpack(hidden_states),)
+                hidden_states = steps.pack(all_hidden_states[-1])
             hidden_states = layer(hidden_states, steps, past_key_values=past_key_values)
         hidden_states = steps.unpack(self.norm(hidden_states))
         return BaseModelOutputWithPast(
@@ -490,6 +525,16 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             raise ValueError(f"`attention_mask` must have shape {(batch_size, length)}, got {shape}.")
         return attention_mask[:, -length:].bool()
 
+    def _documents(self, cu_seq_lens_q: Tensor, batch_size: int, length: int) -> Tensor:
+        """The document of every step, as `seq_idx` (1, T)."""
+        if cu_seq_lens_q.dim() != 1 or batch_size != 1:
+            raise ValueError(
+                "`cu_seq_lens_q` must have shape (documents + 1,) and go with one row, got shape "
+                f"{tuple(cu_seq_lens_q.shape)} and {batch_size} rows; for more, pass `position_ids` that restart at 0."
+            )
+        steps = torch.arange(length, dtype=cu_seq_lens_q.dtype, device=cu_seq_lens_q.device)
+        return torch.bucketize(steps, cu_seq_lens_q, right=True).unsqueeze(0)
+
     def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, H). Values are checked on the CPU only: elsewhere that would stall the device's queue."""
         check = values.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -506,11 +551,29 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             raise ValueError(f"`{name}` holds NaN or infinite values at unmasked steps; fill or mask them.")
         if name == "inputs_embeds":
             return values
-        return self.encoder(values.to(next(self.encoder.parameters()).dtype))
+        return self.encoder(values.to(self.dtype))
 
 
 class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
-    """The model with a language modelling head, and `generate`."""
+    """The model with a language modelling head, and `generate`.
+
+    `generate` takes batches padded on either side, and continues from `past_key_values` given the new tokens only.
+    Greedy decoding, sampling and beams work; what would take back tokens (assisted and contrastive decoding) or page
+    them (continuous batching) is refused.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lrcssm_hf import LrcSSMConfig, LrcSSMForCausalLM
+
+    >>> model = LrcSSMForCausalLM(LrcSSMConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2))
+    >>> ids = torch.randint(256, (2, 10))
+    >>> loss = model(ids, labels=ids).loss
+    >>> model.generate(ids, max_new_tokens=5).shape
+    torch.Size([2, 15])
+
+    ```"""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -544,6 +607,9 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
                 steps with these indices.
 
         For the other arguments see [`LrcSSMModel.forward`].
+
+        Returns:
+            `logits` (batch_size, sequence_length, vocab_size), `loss` with `labels`, and what the model returns.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -553,6 +619,7 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -564,6 +631,22 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+        )
+
+    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
+        # The first of transformers' hooks that knows the mode; later ones would send the user to remote code.
+        if generation_mode in (GenerationMode.ASSISTED_GENERATION, GenerationMode.CONTRASTIVE_SEARCH):
+            raise ValueError(
+                f"{generation_mode.value.replace('_', ' ')} takes back tokens that were read, and a recurrent state "
+                "cannot be rolled back; use greedy decoding, sampling or beam search."
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Always raises a `ValueError`; so do `generate_batch` and `cache_implementation="paged"`, which start here."""
+        raise ValueError(
+            "Continuous batching pages keys and values, and a recurrent model has none; pad the prompts, on either "
+            "side, and call `generate` on the batch."
         )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -651,6 +734,7 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
             time_deltas=time_deltas,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         scores = self.score(outputs.last_hidden_state)
         mask = None if attention_mask is None else attention_mask[:, -scores.shape[1] :].bool()
@@ -744,6 +828,12 @@ class LrcSSMForSequenceModeling(LrcSSMScoringModel):
             values.append(outputs.logits)
         return torch.cat(values, dim=1)
 
+
+# Has transformers save this code with every model.
+LrcSSMModel.register_for_auto_class("AutoModel")
+LrcSSMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LrcSSMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LrcSSMForSequenceModeling.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
     "LrcSSMForCausalLM",

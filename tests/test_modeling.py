@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
-    Trainer,
-    TrainingArguments,
 )
 
 from lrcssm_hf import (
@@ -26,6 +24,7 @@ from lrcssm_hf import (
     LrcSSMModel,
 )
 from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
+from tiny_models import LENGTHS, make_config, make_model, pad
 
 
 VARIANTS = {
@@ -40,21 +39,6 @@ VARIANTS = {
 }
 
 
-def make_config(**changes):
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
-    return LrcSSMConfig(**{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **changes})
-
-
-def make_model(head=LrcSSMForCausalLM, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = head(make_config(**changes)).eval()
-    # Larger weights than a fresh model's, so that tokens far back still matter to the logits.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
-
-
 @pytest.fixture(params=VARIANTS, ids=str)
 def model(request):
     return make_model(**VARIANTS[request.param])
@@ -63,18 +47,6 @@ def model(request):
 @pytest.fixture
 def ids():
     return torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0))
-
-
-LENGTHS = (23, 1, 9, 16)
-
-
-def pad(ids, side):
-    """The first LENGTHS tokens of each row, padded to 23."""
-    padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, length in enumerate(LENGTHS):
-        place = slice(23 - length, 23) if side == "left" else slice(0, length)
-        padded[row, place], mask[row, place] = ids[row, :length], 1
-    return padded, mask
 
 
 # --- Padding --------------------------------------------------------------------------------------------------------
@@ -207,11 +179,6 @@ def test_generation_from_a_prompt_of_several_documents(ids):
     positions = torch.cat([torch.arange(15), torch.arange(8)]).expand(4, -1)
     packed = model.generate(ids, position_ids=positions, **options)[:, 23:]
     assert torch.equal(packed, model.generate(ids[:, 15:], **options)[:, 8:])
-
-
-def test_chunked_prefill_is_refused(ids):
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
-        make_model().generate(ids, prefill_chunk_size=4, max_new_tokens=2)
 
 
 def test_training_through_a_cache(ids):
@@ -421,32 +388,6 @@ def test_accelerate_can_move_a_batchs_steps_to_another_device():
     assert all(tensor.device.type == "meta" for tensor in steps)
 
 
-@pytest.mark.parametrize("head", [LrcSSMForSequenceClassification, LrcSSMForSequenceModeling])
-def test_trainer_accumulates_gradients_of_the_other_heads(head, tmp_path):
-    """Two batches of four give the gradient of one of eight; series models are fed by their own input name."""
-    values = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(8) % 2 if head is LrcSSMForSequenceClassification else values.roll(-1, 1)
-    rows = [{"input_values": value, "labels": label} for value, label in zip(values, labels)]
-    losses = []
-    for batch_size, accumulation in ((8, 1), (4, 2)):
-        model = make_model(head, num_channels=3, num_labels=2 if labels.dim() == 1 else 3)
-        assert model.main_input_name == "input_values"
-        arguments = TrainingArguments(
-            tmp_path,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=3,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.train()
-        losses.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
-    assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3)
-
-
 def test_loading_in_another_dtype_and_with_missing_weights(tmp_path, ids):
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -651,9 +592,3 @@ def test_bad_series_are_refused_by_name(arguments, message):
 def test_a_language_model_of_series_is_refused():
     with pytest.raises(ValueError, match="num_channels"):
         LrcSSMForCausalLM(make_config(num_channels=3))
-
-
-def test_assisted_generation_is_refused(ids):
-    model = make_model()
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(ids[:1], assistant_model=make_model(seed=1), max_new_tokens=3)

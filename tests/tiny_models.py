@@ -1,0 +1,33 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Models that are small enough to test, and padded batches for them."""
+
+import torch
+
+from lrcssm_hf import LrcSSMConfig, LrcSSMForCausalLM
+
+
+def make_config(**changes):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
+    return LrcSSMConfig(**{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, **changes})
+
+
+def make_model(head=LrcSSMForCausalLM, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = head(make_config(**changes)).eval()
+    # Larger weights than a fresh model's, so that tokens far back still matter to the logits.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+LENGTHS = (23, 1, 9, 16)
+
+
+def pad(ids, side):
+    """The first LENGTHS tokens of each row, padded to 23."""
+    padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        place = slice(23 - length, 23) if side == "left" else slice(0, length)
+        padded[row, place], mask[row, place] = ids[row, :length], 1
+    return padded, mask
