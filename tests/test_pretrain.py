@@ -3,12 +3,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +52,9 @@ def records(folder):
 def test_the_folder_is_a_model_folder(trained):
     folder, _ = trained
     written = {path.name for path in folder.iterdir()}
-    assert written == {
+    code = {path.name for path in folder.glob("*.py")}
+    assert "modeling_lrcssm.py" in code
+    assert written - code == {
         "config.json",
         "generation_config.json",
         "loss.png",
@@ -58,6 +62,7 @@ def test_the_folder_is_a_model_folder(trained):
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     }
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = "the 7th — line\n\tof <|endoftext|>"
@@ -76,6 +81,21 @@ def test_progress_metrics_and_closing_words(trained):
     assert all(record["tokens"] == record["step"] * 2 * 64 for record in steps)
     assert "validation_loss" in steps[0] and steps[-1]["train_loss"] < steps[0]["train_loss"]
     assert final["validation_nats_per_byte"] < 5.6  # of guessing, log(257)
+
+
+def test_training_json_says_what_was_run(trained, text_file):
+    folder, _ = trained
+    training = json.loads((folder / "training.json").read_text())
+    words = shlex.split(training["command"])
+    assert words == ["accelerate", "launch", "training/pretrain.py", *SMALL, *words[-4:]]
+    assert words[-4:] == ["--train_file", str(text_file), "--output_dir", str(folder)]
+    assert training["data"]["source"] == "corpus.txt" and training["data"]["dataset"] is None
+    assert training["data"]["training_tokens"] > 10 * training["data"]["held_out_tokens"] > 0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert training["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert training["steps"] * training["tokens_per_step"] == records(folder)[-1]["tokens"]
+    assert training["seconds"] > 0
+    assert training["versions"]["transformers"] == transformers.__version__
 
 
 def test_the_reported_loss_is_that_of_the_saved_model(trained, text_file):

@@ -1,12 +1,17 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""The README says what is so: its Python runs, and its table is the one that the script wrote."""
+"""The README and the docstrings say what is so: their Python runs, and the tables are those that scripts wrote."""
 
+import doctest
+import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+import lrcssm_hf
 import pretrain
+from lrcssm_hf import configuration_lrcssm, modeling_lrcssm, recurrence, saved_states
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +46,28 @@ def test_the_figures_are_what_the_benchmark_wrote():
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+MODULES = [configuration_lrcssm, modeling_lrcssm, recurrence, saved_states]
+
+
+@pytest.mark.parametrize("module", [configuration_lrcssm, modeling_lrcssm], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings_run(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
+
+
+def test_everything_public_is_documented():
+    public = {name: getattr(lrcssm_hf, name) for name in lrcssm_hf.__all__}
+    for module in MODULES:
+        public |= {
+            name: item for name, item in vars(module).items() if getattr(item, "__module__", 0) == module.__name__
+        }
+    undocumented = []
+    for name, item in public.items():
+        members = {f"{name}.{key}": value for key, value in vars(item).items()} if inspect.isclass(item) else {}
+        for key, value in {name: item, **members}.items():
+            hidden = any(part.startswith("_") for part in key.split("."))
+            if not hidden and (inspect.isclass(value) or inspect.isfunction(value)) and not value.__doc__:
+                undocumented.append(key)
+    assert not undocumented

@@ -4,7 +4,8 @@
     accelerate launch training/pretrain.py
 
 Flags have the names and meanings of transformers' run_clm_no_trainer.py. `--output_dir` receives the model folder
-(weights, configuration, generation configuration, tokenizer), `metrics.jsonl` and `loss.png`.
+(weights, configuration and, for an LrcSSM, its code; generation configuration, tokenizer), `metrics.jsonl`, `loss.png`
+and `training.json`: the command, the data, what it ran on and how long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import contextlib
 import json
 import math
 import os
+import platform
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import DatasetDict
@@ -41,9 +46,10 @@ from transformers import (
     get_scheduler,
 )
 
-import lrcssm_hf  # noqa: F401  registers the model
+import lrcssm_hf
 from cpu_processes import start_missing_processes
 from evaluate import nats_per_token
+from mamba_scan import compile_mamba_for_cpu
 from text_data import add_data_arguments, load_blocks, load_tokenizer
 
 
@@ -162,13 +168,14 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
-def save_model(accelerator: Accelerator, model, tokenizer, folder: Path) -> None:
+def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> None:
     """The model folder's files, each moved into place when all of them are written."""
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         with tempfile.TemporaryDirectory(dir=folder) as partial:
             accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state_dict)
             tokenizer.save_pretrained(partial)
+            (Path(partial) / "training.json").write_text(json.dumps(description, indent=2) + "\n")
             for path in Path(partial).iterdir():
                 os.replace(path, folder / path.name)
     accelerator.wait_for_everyone()
@@ -274,25 +281,26 @@ class Training:
             num_training_steps=self.last_step,
             scheduler_specific_kwargs={"min_lr_rate": 0.05} if args.lr_scheduler_type == "cosine_with_min_lr" else None,
         )
-        self.step, self.tokens = 0, 0
+        sequences_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.tokens_per_step = sequences_per_step * args.block_size
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         accelerator.register_for_checkpointing(self.scheduler, self)
         if inputs.checkpoint is not None:
             accelerator.load_state(str(inputs.checkpoint))
         self.metrics = Metrics(self.folder, self.step) if accelerator.is_main_process else None
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         accelerator.print(
             f"{self.parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training "
-            f"tokens, {self.last_step} steps of {per_step} x {args.block_size} tokens on {accelerator.num_processes} x "
+            f"tokens, {self.last_step} steps of {self.tokens_per_step:,} tokens on {accelerator.num_processes} x "
             f"{accelerator.device.type} ({torch.get_num_threads()} threads)"
         )
 
     def state_dict(self) -> dict:
         """What a checkpoint remembers beside what Accelerate saves."""
-        return {"step": self.step, "tokens": self.tokens}
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 
     def run(self) -> None:
         """The steps that are left, with the curve, the progress bar and the checkpoints."""
@@ -301,7 +309,7 @@ class Training:
         batches_done = steps_done * args.gradient_accumulation_steps
         bar = tqdm(total=self.last_step, initial=self.step, desc="Training", disable=not accelerator.is_main_process)
         sums = torch.zeros(2, device=accelerator.device)  # of the losses since the last look at them, and their number
-        start, start_tokens = time.perf_counter(), self.tokens
+        start = time.perf_counter() - self.seconds
         self.model.train()
         while self.step < self.last_step:
             self.loader.set_epoch(epoch)
@@ -334,7 +342,8 @@ class Training:
                         bar.close()
                         accelerator.print(f"error: the loss is {total} at step {self.step}; lower --learning_rate.")
                         raise SystemExit(1)
-                    rate = (self.tokens - start_tokens) / (time.perf_counter() - start)
+                    self.seconds = time.perf_counter() - start
+                    rate = self.tokens / self.seconds
                     bar.set_postfix(loss=f"{total / count:.3f}", tokens_per_s=f"{rate:,.0f}")
                     record = {
                         "step": self.step,
@@ -381,6 +390,52 @@ class Training:
             )
         return loss * tokens_per_byte
 
+    def describe(self, arguments: list[str], blocks: DatasetDict) -> dict:
+        """`training.json`: what a reader needs to judge the run and to repeat it."""
+        args, accelerator = self.args, self.accelerator
+        launch = ["accelerate", "launch"]
+        if accelerator.num_processes > 1:
+            launch += ["--num_processes", str(accelerator.num_processes)]
+            launch += ["--cpu"] if accelerator.device.type == "cpu" else []
+        is_gpu = accelerator.device.type == "cuda"
+        if uses_default_data(args):
+            source = f"the standard library of Python {platform.python_version()}"
+        elif args.dataset_name is not None:
+            source = " ".join(filter(None, [args.dataset_name, args.dataset_config_name]))
+        else:
+            source = Path(args.train_file).name
+        return {
+            "command": shlex.join([*launch, "training/pretrain.py", *arguments]),
+            "data": {
+                "source": source,
+                "dataset": args.dataset_name,
+                "language": "code" if uses_default_data(args) else None,
+                "training_tokens": len(blocks["train"]) * args.block_size,
+                "held_out_tokens": len(blocks["validation"]) * args.block_size,
+                "block_size": args.block_size,
+            },
+            "parameters": self.parameters,
+            "steps": self.step,
+            "tokens_per_step": self.tokens_per_step,
+            "seconds": round(self.seconds, 1),
+            "hardware": {
+                "device": torch.cuda.get_device_name() if is_gpu else accelerator.device.type.upper(),
+                "processes": accelerator.num_processes,
+                "threads": torch.get_num_threads(),
+                "precision": accelerator.mixed_precision,
+            },
+            "versions": {
+                "lrcssm_hf": lrcssm_hf.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "Python": platform.python_version(),
+            },
+        }
+
+
+def uses_default_data(args: argparse.Namespace) -> bool:
+    return args.dataset_name is None and args.train_file is None
+
 
 def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> bool:
     """Whether a checkpoint is due: every so many steps, or at the end of every "epoch"."""
@@ -421,6 +476,8 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.print(f"error: {error}")
         accelerator.end_training()
         raise SystemExit(2)
+    if inputs.model.config.model_type == "mamba" and accelerator.device.type == "cpu":
+        compile_mamba_for_cpu()
     if args.gradient_checkpointing:
         inputs.model.gradient_checkpointing_enable()
     if args.with_tracking:
@@ -429,14 +486,15 @@ def main(arguments: list[str] | None = None) -> None:
     training = Training(args, accelerator, inputs)
     training.run()
     nats_per_byte = training.finish(inputs.tokens_per_byte)
-    save_model(accelerator, training.model, inputs.tokenizer, inputs.folder)
+    description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
+    save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
     accelerator.end_training()
     if accelerator.is_main_process:
         if inputs.repository is not None:
             HfApi().upload_folder(
                 repo_id=inputs.repository, folder_path=inputs.folder, ignore_patterns=["*checkpoint-*", ".cache*"]
             )
-        show(inputs.folder, nats_per_byte, default_data=args.dataset_name is None and args.train_file is None)
+        show(inputs.folder, nats_per_byte, default_data=uses_default_data(args))
 
 
 def show(folder: Path, nats_per_byte: float, default_data: bool) -> None:

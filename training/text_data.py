@@ -18,28 +18,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 _NOT_SOURCE = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 _LOADERS = {".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
 _LOADERS |= {".csv": "csv", ".parquet": "parquet"}
+END_OF_TEXT = "<|endoftext|>"
 
 
-def add_data_arguments(parser) -> None:
+def add_text_arguments(parser) -> None:
     """The flags that say what is trained on and held out, the same for every script, to a parser or group."""
     parser.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library's source.")
     parser.add_argument("--dataset_config_name", help="Configuration of that dataset.")
     parser.add_argument("--train_file", help="Text, JSON, CSV or Parquet file to use instead.")
     parser.add_argument("--validation_file", help="Held-out file; by default a share of the training texts.")
     parser.add_argument("--validation_split_percentage", type=float, default=5, help="That share (default 5).")
+
+
+def add_data_arguments(parser) -> None:
+    """Those flags, and the length of the sequences that a model sees."""
+    add_text_arguments(parser)
     parser.add_argument("--block_size", type=int, default=512, help="Tokens per sequence (default 512).")
 
 
 def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, float]:
     """What those flags ask for, as `make_blocks` returns it; raises what `load_text` and `make_blocks` raise."""
-    data = load_text(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.train_file,
-        args.validation_file,
-        args.validation_split_percentage,
-    )
-    return make_blocks(data, tokenizer, args.block_size)
+    return make_blocks(load_text(args), tokenizer, args.block_size)
 
 
 def standard_library(validation_percentage: float) -> DatasetDict:
@@ -60,38 +59,33 @@ def standard_library(validation_percentage: float) -> DatasetDict:
     return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in splits.items()})
 
 
-def load_text(
-    dataset_name: str | None,
-    dataset_config_name: str | None,
-    train_file: str | None,
-    validation_file: str | None,
-    validation_percentage: float,
-) -> DatasetDict:
-    """`train` and `validation` texts (column `text`): a Hub dataset, local files, or else the standard library.
+def load_text(args: argparse.Namespace) -> DatasetDict:
+    """`train` and `validation` texts (column `text`), as the flags of `add_text_arguments` say: a Hub dataset, local
+    files, or else the standard library.
 
-    Without a validation file or split, `validation_percentage` of the texts are held out; of a single text, its end.
+    Without a validation file or split, a share of the texts is held out; of a single text, its end.
 
     Raises:
         ValueError: a file or dataset is missing, empty, or of a kind that cannot be read.
     """
-    if dataset_name is None and train_file is None:
-        if validation_file is not None:
+    if args.dataset_name is None and args.train_file is None:
+        if args.validation_file is not None:
             raise ValueError("--validation_file needs --train_file.")
-        return standard_library(validation_percentage)
-    if dataset_name is not None:
+        return standard_library(args.validation_split_percentage)
+    if args.dataset_name is not None:
         try:
-            data = load_dataset(dataset_name, dataset_config_name)
+            data = load_dataset(args.dataset_name, args.dataset_config_name)
         except Exception as error:
-            raise ValueError(f"--dataset_name {dataset_name!r} could not be loaded: {error}") from error
+            raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {error}") from error
         if "train" not in data:
-            raise ValueError(f"--dataset_name {dataset_name!r} has no split 'train', only {', '.join(data)}.")
+            raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
     else:
-        data = DatasetDict({"train": _read_file("--train_file", train_file)})
-        if validation_file is not None:
-            data["validation"] = _read_file("--validation_file", validation_file)
+        data = DatasetDict({"train": _read_file("--train_file", args.train_file)})
+        if args.validation_file is not None:
+            data["validation"] = _read_file("--validation_file", args.validation_file)
     data = DatasetDict({split: _text_column(data[split]) for split in data if split in ("train", "validation")})
     if "validation" not in data:
-        data = _hold_out(data["train"], validation_percentage)
+        data = _hold_out(data["train"], args.validation_split_percentage)
     return data
 
 
@@ -146,9 +140,15 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return byte_level(tokenizer)
+
+
+def byte_level(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """For transformers: a tokenizer of bytes, or of strings of them, whose one special token ends texts and pads."""
     tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
 
 
 def make_blocks(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[DatasetDict, float]:

@@ -1,0 +1,42 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""The trained tokenizer is shorter than bytes and loses none of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from train_tokenizer import train_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "def total(values):\n    return sum(value for value in values)\n" * 20
+
+
+def test_the_script_writes_what_auto_tokenizer_loads(tmp_path):
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    command = [sys.executable, str(ROOT / "training" / "train_tokenizer.py"), "--vocab_size", "280"]
+    command += ["--train_file", str(tmp_path / "corpus.txt"), "--output_dir", str(tmp_path / "tokenizer")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "280 tokens" in result.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer) == 280
+    assert len(tokenizer(TEXT).input_ids) < len(TEXT) / 2
+    for text in (TEXT, "naïve\t— 図\r\n  \x00", " leading and trailing "):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="`vocab_size` must be above the 256 bytes, got 256"):
+        train_tokenizer([TEXT], 256)
+
+
+def test_the_script_names_what_it_cannot_read(tmp_path):
+    command = [sys.executable, str(ROOT / "training" / "train_tokenizer.py"), "--output_dir", str(tmp_path / "t")]
+    result = subprocess.run([*command, "--train_file", "missing.txt"], capture_output=True, text=True)
+    assert result.returncode == 2 and "'missing.txt' does not exist" in result.stderr
+    assert not (tmp_path / "t").exists()

@@ -1,0 +1,52 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Train a byte-level BPE tokenizer, for `pretrain.py --tokenizer_name`, by default on the Python standard library.
+
+python training/train_tokenizer.py --vocab_size 1024 --output_dir runs/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase
+
+from text_data import END_OF_TEXT, add_text_arguments, byte_level, load_text
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer of `vocab_size` tokens, every byte and the end-of-text token among them, so that no text is unknown.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(f"`vocab_size` must be above the {len(alphabet)} bytes, got {vocab_size}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT])
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return byte_level(tokenizer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser)
+    parser.add_argument("--vocab_size", type=int, default=1024, help="Number of tokens (default 1024).")
+    parser.add_argument("--output_dir", required=True, help="Folder that receives the tokenizer's files.")
+    args = parser.parse_args()
+    try:
+        data = load_text(args)
+        tokenizer = train_tokenizer(list(data["train"]["text"]), args.vocab_size)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    tokenizer.save_pretrained(args.output_dir)
+    held_out = list(data["validation"]["text"])
+    tokens = sum(map(len, tokenizer(held_out, verbose=False).input_ids))
+    size = sum(len(text.encode()) for text in held_out)
+    print(f"{len(tokenizer)} tokens, {size / tokens:.2f} bytes each in the held-out text: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
