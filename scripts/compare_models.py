@@ -37,6 +37,7 @@ class Study(NamedTuple):
 
     title: str
     output: str
+    table: str
     arguments: str
     learning_rates: tuple[str, ...]
     variants: dict[str, tuple[str, str]]
@@ -49,6 +50,7 @@ STUDIES = {
     "blocks": Study(
         title="The gated block, each choice changed on its own",
         output="scripts/results/block_comparison.json",
+        table="scripts/results/block_comparison.md",
         arguments="--max_train_steps 250 --eval_steps 250",
         learning_rates=("3e-3",),
         variants={
@@ -66,8 +68,9 @@ STUDIES = {
     "rivals": Study(
         title="LrcSSM, Llama and Mamba of equal size",
         output="model_cards/lrcssm-python-nano/comparison.json",
+        table="scripts/results/rival_comparison.md",
         arguments="--per_device_train_batch_size 4 --max_train_steps 1000",
-        learning_rates=("2e-3", "4e-3", "8e-3"),
+        learning_rates=("4e-3", "8e-3"),
         variants={
             "LrcSSM": ("lrcssm", "hidden_size=192,num_hidden_layers=4,intermediate_size=384"),
             "Llama": (
@@ -180,12 +183,12 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDIES[args.study]
     results = compare(study, args.runs_dir)
-    path = ROOT / study.output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, text in ((path, json.dumps(results, indent=1) + "\n"), (path.with_suffix(".md"), table(results))):
-        partial = target.with_suffix(".partial")
+    for name, text in {study.output: json.dumps(results, indent=1) + "\n", study.table: table(results)}.items():
+        path = ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"partial-{path.name}")
         partial.write_text(text)
-        os.replace(partial, target)
+        os.replace(partial, path)
     print(table(results))
 
 

@@ -1,5 +1,6 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""Tests need no network and must not wait for one, and no GPU: without one, Triton's kernels are interpreted."""
+"""Tests need no network but for transformers' own (`conformance`, fetched once), and must not wait for one; and no GPU:
+without one, Triton's kernels are interpreted."""
 
 import os
 

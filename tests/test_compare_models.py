@@ -12,6 +12,7 @@ from compare_models import STUDIES, Study, compare, table
 STUDY = Study(
     title="Two models",
     output="unused",
+    table="unused",
     arguments="--max_train_steps 20 --eval_steps 10 --block_size 32 --per_device_train_batch_size 2",
     learning_rates=("1e-3", "1e-2"),
     variants={"LrcSSM": ("lrcssm", "hidden_size=16"), "Llama": ("llama", "hidden_size=16")},
