@@ -70,9 +70,12 @@ STUDIES = {
         output="model_cards/lrcssm-python-nano/comparison.json",
         table="scripts/results/rival_comparison.md",
         arguments="--per_device_train_batch_size 4 --max_train_steps 1000",
-        learning_rates=("4e-3", "8e-3"),
+        learning_rates=("4e-3", "6e-3"),
         variants={
-            "LrcSSM": ("lrcssm", "hidden_size=192,num_hidden_layers=4,intermediate_size=384"),
+            "LrcSSM": (
+                "lrcssm",
+                "hidden_size=192,num_hidden_layers=4,intermediate_size=384,initializer_range=0.05",
+            ),
             "Llama": (
                 "llama",
                 "hidden_size=192,num_hidden_layers=4,intermediate_size=512,num_attention_heads=3,"
