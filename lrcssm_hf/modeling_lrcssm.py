@@ -167,16 +167,22 @@ class LrcSSMSteps(NamedTuple):
     lengths: Tensor | None = None
 
     @classmethod
-    def of(cls, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None) -> "LrcSSMSteps":
-        """From a bool mask, elapsed times and document starts, each (B, T) in the user's order or None."""
+    def of(
+        cls, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None, documents: Tensor | None
+    ) -> "LrcSSMSteps":
+        """From a bool mask, elapsed times, document starts and each step's document, each (B, T) in the user's order or
+        None."""
         if mask is None:
-            return cls(time_deltas, reset)
+            return cls(time_deltas, _document_starts(reset, documents))
         count = mask.cumsum(1)
         order = torch.argsort(~mask, dim=1, stable=True)
-        packed_mask = mask.gather(1, order)
-        time_step = packed_mask.float() if time_deltas is None else time_deltas.gather(1, order)
-        reset = None if reset is None else reset.gather(1, order) & packed_mask
-        return cls(time_step.masked_fill(~packed_mask, 0), reset, order, count, count[:, -1])
+        mask, time_deltas, reset, documents = (
+            None if steps is None else steps.gather(1, order) for steps in (mask, time_deltas, reset, documents)
+        )
+        time_step = mask.float() if time_deltas is None else time_deltas
+        starts = _document_starts(reset, documents)
+        starts = None if starts is None else starts & mask
+        return cls(time_step.masked_fill(~mask, 0), starts, order, count, count[:, -1])
 
     def pack(self, inputs: Tensor) -> Tensor:
         """(B, T, H) in the user's order -> the unmasked steps at the front of each row."""
@@ -191,6 +197,15 @@ class LrcSSMSteps(NamedTuple):
             return outputs
         count = self.count.to(outputs.device).unsqueeze(-1)
         return outputs.gather(1, (count - 1).clamp(min=0).expand_as(outputs)).masked_fill(count == 0, 0)
+
+
+def _document_starts(reset: Tensor | None, documents: Tensor | None) -> Tensor | None:
+    """Where `reset` says so or the document changes. Whether the first step continues what a cache holds, `documents`
+    does not say: it does."""
+    if documents is None:
+        return reset
+    changes = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return changes if reset is None else reset | changes
 
 
 class LrcSSMConvolution(nn.Module):
@@ -474,13 +489,10 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if cu_seq_lens_q is not None:
             seq_idx = self._documents(cu_seq_lens_q, batch_size, length)
         reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
-        if seq_idx is not None:
-            # Whether the first step continues what a cache holds, this does not say: it does.
-            changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch_size, -1)
-            reset = changes if reset is None else reset | changes
+        seq_idx = None if seq_idx is None else seq_idx.expand(batch_size, -1)
         time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
 
-        steps = LrcSSMSteps.of(mask, time_deltas, reset)
+        steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)
         hidden_states = steps.pack(self._embed(name, values, mask))
         all_hidden_states = ()
         for layer in self.layers:
@@ -677,6 +689,9 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         # Generated tokens are never padding, and without a mask they need no packing.
         if use_cache and not is_first_iteration:
             attention_mask = None
+            # They belong to the last document of the prompt.
+            kwargs.pop("seq_idx", None)
+            kwargs.pop("cu_seq_lens_q", None)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,

@@ -28,12 +28,13 @@ class SavedStatesMixin:
         Raises:
             ValueError: the cache holds no state, or not one of this model.
         """
-        if not past_key_values.has_previous_state():
+        if not isinstance(past_key_values, Cache) or not past_key_values.has_previous_state():
             raise ValueError("`past_key_values` holds no state yet; call the model with `use_cache=True` first.")
-        if len(past_key_values.layers) != self.config.num_hidden_layers:
+        sizes = [layer.recurrent_states[0].shape[-1] for layer in past_key_values.layers]
+        if sizes != [self.config.state_size] * self.config.num_hidden_layers:
             raise ValueError(
-                f"`past_key_values` has {len(past_key_values.layers)} layers, this model "
-                f"{self.config.num_hidden_layers}; pass the cache that this model returned."
+                f"`past_key_values` has states of {sizes} neurons, this model {self.config.num_hidden_layers} of "
+                f"{self.config.state_size}; pass the cache that this model returned."
             )
         tensors = {}
         for index, layer in enumerate(past_key_values.layers):
@@ -53,16 +54,17 @@ class SavedStatesMixin:
         """
         cache = DynamicCache(config=self.config)
         try:
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
+            with safe_open(path, framework="pt") as file:
                 fingerprint = (file.metadata() or {}).get("model_fingerprint")
                 if fingerprint != self._fingerprint():
                     raise ValueError(
                         f"The state in {str(path)!r} was written by another model, or by this one with other weights "
                         "or in another dtype, and means nothing to this one; read the text again."
                     )
-                for index in range(self.config.num_hidden_layers):
-                    cache.update_conv_state(file.get_tensor(f"layers.{index}.conv_state"), index)
-                    cache.update_recurrent_state(file.get_tensor(f"layers.{index}.recurrent_state"), index)
+                for index, block in enumerate(self.base_model.layers):
+                    device = next(block.parameters()).device
+                    cache.update_conv_state(file.get_tensor(f"layers.{index}.conv_state").to(device), index)
+                    cache.update_recurrent_state(file.get_tensor(f"layers.{index}.recurrent_state").to(device), index)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{str(path)!r} is not a whole file of `save_state`: {error}") from error
         return cache
@@ -73,5 +75,9 @@ class SavedStatesMixin:
         for name, tensor in self.base_model.state_dict().items():
             if tensor.is_meta:
                 raise ValueError(f"{name!r} is offloaded; load the model into memory to save and load states.")
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {torch.hash_tensor(tensor)}".encode())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            # A quantised tensor holds plain ones.
+            inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+            for part in [getattr(tensor, attribute) for attribute in inner] or [tensor]:
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,22 +115,32 @@ def run(*command: str) -> None:
 def train(study: Study, name: str, learning_rate: str, seed: int, runs_dir: Path) -> Run:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = runs_dir / f"{slug}-{learning_rate}-{seed}"
+    model_type, overrides = study.variants[name]
+    arguments = ["--output_dir", str(folder), "--model_type", model_type, "--config_overrides", overrides]
+    if study.vocab_size is not None:
+        arguments += ["--tokenizer_name", str(runs_dir / "tokenizer")]
+    arguments += ["--learning_rate", learning_rate, *study.arguments.split(), "--seed", str(seed)]
     if not (ROOT / folder / "training.json").exists():
-        model_type, overrides = study.variants[name]
-        arguments = ["--output_dir", str(folder), "--model_type", model_type, "--config_overrides", overrides]
-        if study.vocab_size is not None:
-            tokenizer = runs_dir / "tokenizer"
-            if not (ROOT / tokenizer).exists():
-                size = str(study.vocab_size)
-                run("training/train_tokenizer.py", "--vocab_size", size, "--output_dir", str(tokenizer))
-            arguments += ["--tokenizer_name", str(tokenizer)]
-        arguments += ["--learning_rate", learning_rate, *study.arguments.split(), "--seed", str(seed)]
         run("training/pretrain.py", *arguments)
-    return Run.read(ROOT / folder)
+    finished = Run.read(ROOT / folder)
+    if not finished.training["command"].endswith(shlex.join(arguments)):
+        raise ValueError(f"{folder} holds a run with other settings; move it away, or give another --runs_dir.")
+    return finished
+
+
+def prepare_tokenizer(study: Study, runs_dir: Path) -> None:
+    """Trains the study's tokenizer, unless it is there already."""
+    folder, size = runs_dir / "tokenizer", str(study.vocab_size)
+    if not (ROOT / folder).exists():
+        run("training/train_tokenizer.py", "--vocab_size", size, "--output_dir", str(folder))
+    elif len(AutoTokenizer.from_pretrained(ROOT / folder)) != study.vocab_size:
+        raise ValueError(f"{folder} is not of {size} tokens; move it away, or give another --runs_dir.")
 
 
 def compare(study: Study, runs_dir: Path) -> dict:
     """Trains what is not there yet, and returns what the JSON file holds."""
+    if study.vocab_size is not None:
+        prepare_tokenizer(study, runs_dir)
     models, curves = {}, {}
     total = len(study.variants) * (len(study.learning_rates) + len(SEEDS) - 1)
     with tqdm(total=total, desc="Runs") as bar:
@@ -154,9 +166,10 @@ def compare(study: Study, runs_dir: Path) -> dict:
             ]
     training = runs[0].training
     versions = ", ".join(f"{library} {version}" for library, version in training["versions"].items())
+    hardware = training["hardware"]
     return {
         "title": study.title,
-        "environment": f"{training['hardware']['device']}, {versions}",
+        "environment": f"{hardware['device']} ({hardware['threads']} threads), {versions}",
         "steps": training["steps"],
         "tokens_per_step": training["tokens_per_step"],
         "models": models,
@@ -190,7 +203,7 @@ def main() -> None:
         path = ROOT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"partial-{path.name}")
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     print(table(results))
 

@@ -68,10 +68,11 @@ def main() -> int:
                 table(["test class", "test", "reason"], [list(skip.values()) for skip in record["skips"]]),
             ]
         )
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
-    RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(RESULTS.read_text())
+    RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
     return int(status)
 
 

@@ -52,7 +52,7 @@ _KEPT = {".gitattributes"}  # The Hub's own.
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path) -> list[Path]:
+def check(folder: Path, repo_id: str) -> list[Path]:
     """The files to publish, once the model in the folder is known to be whole, to load and to run: the folder's, and
     the package's code where it is not beside the weights.
 
@@ -65,7 +65,7 @@ def check(folder: Path) -> list[Path]:
     model = check_model(folder, config)
     if config.num_channels is None:
         check_tokenizer(folder, config)
-    check_card(folder, model)
+    check_card(folder, repo_id, model)
     return files
 
 
@@ -87,7 +87,7 @@ def check_names(folder: Path) -> list[Path]:
 def check_config(folder: Path) -> LrcSSMConfig:
     path = folder / CONFIG_NAME
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         written = json.loads(path.read_text())
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{path.name} does not load: {error}") from error
@@ -138,7 +138,7 @@ def check_model(folder: Path, config: LrcSSMConfig) -> PreTrainedModel:
 
 def check_tokenizer(folder: Path, config: LrcSSMConfig) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer("def mean(values):").input_ids
     except Exception as error:
         raise ValueError(f"The tokenizer does not load: {error}") from error
@@ -146,7 +146,7 @@ def check_tokenizer(folder: Path, config: LrcSSMConfig) -> None:
         raise ValueError(f"The tokenizer is not the model's: {len(tokenizer)} tokens, not {config.vocab_size}.")
 
 
-def check_card(folder: Path, model: PreTrainedModel) -> None:
+def check_card(folder: Path, repo_id: str, model: PreTrainedModel) -> None:
     path = folder / "README.md"
     if not path.is_file():
         raise ValueError("README.md, the model card, is missing; `python scripts/make_card.py` writes it.")
@@ -163,6 +163,10 @@ def check_card(folder: Path, model: PreTrainedModel) -> None:
             raise ValueError(f"README.md: `{field}` is missing from the metadata at its top.")
     if not card.text.strip():
         raise ValueError("README.md: there is no text below the metadata.")
+    if f'"{repo_id}"' not in card.text:
+        raise ValueError(
+            f"README.md: it does not say how to load {repo_id!r}; `python scripts/make_card.py` writes it anew."
+        )
     if placeholder := _PLACEHOLDER.search(card.text):
         raise ValueError(f"README.md: {placeholder[0]!r} is a placeholder; fill it in.")
     for target in re.findall(r"\]\(([^)#:]+)\)", card.text):
@@ -198,7 +202,7 @@ def publish(folder: Path, repo_id: str, private: bool, ask: bool) -> str | None:
         ValueError: the folder or the repository cannot be used; nothing was changed.
         Exception: huggingface_hub gave up, or what arrived is not what was sent.
     """
-    files = check(folder)
+    files = check(folder, repo_id)
     api = HfApi()
     try:
         info = api.model_info(repo_id, files_metadata=True)

@@ -39,7 +39,7 @@ def trained(monkeypatch):
         records = [{"step": 10, "validation_loss": 3 * LOSSES[key]}, {"step": 15, "train_loss": 1.0}]
         records.append({"step": 20, "validation_loss": 2 * LOSSES[key], "validation_nats_per_byte": LOSSES[key]})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        training = {"parameters": 1000, "command": " ".join(arguments), "hardware": {"device": "CPU"}}
+        training = {"parameters": 1000, "command": " ".join(arguments), "hardware": {"device": "CPU", "threads": 1}}
         training |= {"versions": {"torch": "2"}, "steps": 20, "tokens_per_step": 64}
         (folder / "training.json").write_text(json.dumps(training))
 

@@ -216,10 +216,12 @@ def test_states_are_exact_small_and_shared_by_the_heads(tmp_path, model, ids):
 def test_a_state_of_other_weights_is_refused(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
     model.save_state(model(ids, use_cache=True).past_key_values, path)
-    tuned = make_model()
+    tuned, negated, shuffled = make_model(), make_model(), make_model()
     tuned.load_state(path)
     tuned.model.layers[2].mlp.down_proj.weight[0, 0] += 1e-6
-    for other in (tuned, make_model(seed=1), make_model(norm_eps=1e-3), make_model().bfloat16()):
+    negated.model.layers[1].mlp.down_proj.weight.neg_()
+    shuffled.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
+    for other in (tuned, negated, shuffled, make_model(seed=1), make_model(norm_eps=1e-3), make_model().bfloat16()):
         with pytest.raises(ValueError, match="other weights"):
             other.load_state(path)
 
@@ -238,6 +240,8 @@ def test_what_is_no_state_is_refused(tmp_path, model, ids):
         model.load_state(path)
     with pytest.raises(ValueError, match="holds no state yet"):
         model.save_state(DynamicCache(config=model.config), path)
-    deeper = make_model(num_hidden_layers=4)
-    with pytest.raises(ValueError, match="4 layers"):
-        model.save_state(deeper(ids, use_cache=True).past_key_values, path)
+    with pytest.raises(ValueError, match="holds no state yet"):
+        model.save_state(None, path)
+    for other in (make_model(num_hidden_layers=4), make_model(state_size=20)):
+        with pytest.raises(ValueError, match="this model 3 of 32"):
+            model.save_state(other(ids, use_cache=True).past_key_values, path)

@@ -145,6 +145,13 @@ def test_weights_in_int8(tmp_path, name):
     generated = model.generate(ids, eos_token_id=None, **GREEDY)
     assert generated.shape == (4, 29)
 
+    cache = model(ids, use_cache=True).past_key_values
+    model.save_state(cache, tmp_path / "state.safetensors")
+    loaded = model.load_state(tmp_path / "state.safetensors").layers[0].recurrent_states[0]
+    assert torch.equal(loaded, cache.layers[0].recurrent_states[0])
+    with pytest.raises(ValueError, match="other weights"):
+        reference.load_state(tmp_path / "state.safetensors")
+
     model.save_pretrained(tmp_path / "quantized")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("quantized", "model")]
     assert sizes[0] < 0.5 * sizes[1]

@@ -13,12 +13,12 @@ from text_data import standard_library
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = sorted(path for path in (ROOT / "model_cards").iterdir() if path.is_dir())
+FOLDERS = sorted((ROOT / "model_cards").glob("*/"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_folder_can_be_published_and_fits_into_git(folder):
-    files = publish.check(folder)
+    files = publish.check(folder, f"model_cards/{folder.name}")
     assert sum(path.stat().st_size for path in files) < 11e6
     assert (folder / "model.safetensors").stat().st_size < 10e6
 
@@ -26,7 +26,7 @@ def test_the_folder_can_be_published_and_fits_into_git(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_card_is_what_the_metrics_make(folder):
     card = make_card.make_card(folder, f"model_cards/{folder.name}")
-    assert str(card) == (folder / "README.md").read_text()
+    assert str(card) == (folder / "README.md").read_text(encoding="utf-8")
 
 
 @torch.no_grad()

@@ -177,8 +177,24 @@ def test_generation_from_a_prompt_of_several_documents(ids):
     model = make_model()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     positions = torch.cat([torch.arange(15), torch.arange(8)]).expand(4, -1)
-    packed = model.generate(ids, position_ids=positions, **options)[:, 23:]
-    assert torch.equal(packed, model.generate(ids[:, 15:], **options)[:, 8:])
+    expected = model.generate(ids[:, 15:], **options)[:, 8:]
+    assert torch.equal(model.generate(ids, position_ids=positions, **options)[:, 23:], expected)
+    documents = (torch.arange(23) >= 15).long().expand(4, -1)
+    assert torch.equal(model.generate(ids, seq_idx=documents, **options)[:, 23:], expected)
+    ends = torch.tensor([0, 15, 23])
+    assert torch.equal(model.generate(ids[:1], cu_seq_lens_q=ends, **options)[:, 23:], expected[:1])
+
+
+@torch.no_grad()
+def test_a_document_whose_first_step_is_masked_is_still_a_document(ids):
+    model = make_model()
+    mask, documents = torch.ones(4, 23, dtype=torch.long), (torch.arange(23) >= 15).long().expand(4, -1)
+    mask[:, 14:17] = 0
+    logits = model(ids, attention_mask=mask, seq_idx=documents).logits
+    assert torch.allclose(logits[:, :14], model(ids[:, :14]).logits, atol=2e-5)
+    assert torch.allclose(logits[:, 17:], model(ids[:, 17:]).logits, atol=2e-5)
+    alone = model(ids[:1], attention_mask=mask[:1], cu_seq_lens_q=torch.tensor([0, 15, 23])).logits
+    assert torch.allclose(alone, logits[:1], atol=2e-5)
 
 
 def test_training_through_a_cache(ids):
@@ -383,7 +399,7 @@ def test_the_input_dependent_recurrence_stays_in_float64():
 def test_accelerate_can_move_a_batchs_steps_to_another_device():
     """As its hooks do between the layers of a model that is spread over devices."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    steps = send_to_device(LrcSSMSteps.of(mask, None, mask.clone()), "meta")
+    steps = send_to_device(LrcSSMSteps.of(mask, None, mask.clone(), None), "meta")
     assert isinstance(steps, LrcSSMSteps)
     assert all(tensor.device.type == "meta" for tensor in steps)
 

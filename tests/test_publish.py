@@ -144,6 +144,7 @@ REFUSED = {
     "another library": (edit_card("library_name: transformers", "library_name: keras"), "`library_name` must be"),
     "another task": (edit_card("pipeline_tag: .*?\n", "pipeline_tag: fill-mask\n"), "`pipeline_tag` must be"),
     "a card without text": (edit_card("\n# .*", "\n"), "no text below"),
+    "a card for another name": (edit_card(REPO_ID, "user/another"), f"how to load '{REPO_ID}'"),
     "a placeholder": (edit_card("## Limits.*## ", "## Limits\n\n[More Information Needed]\n\n## "), "placeholder"),
     "a picture that is not there": (lambda folder: (folder / "loss.png").unlink(), "links to loss.png"),
 }
@@ -180,8 +181,8 @@ def test_the_other_heads_pass_the_checks(shards, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "5GB")
     assert len(list(tmp_path.glob("*.safetensors"))) > shards
     data = ModelCardData(library_name="transformers", license="mit", tags=["a"], pipeline_tag="tabular-classification")
-    ModelCard(f"---\n{data.to_yaml()}\n---\nText.").save(tmp_path / "README.md")
-    assert {path.name for path in publish.check(tmp_path)} == {path.name for path in tmp_path.iterdir()}
+    ModelCard(f'---\n{data.to_yaml()}\n---\n"{REPO_ID}"').save(tmp_path / "README.md")
+    assert {path.name for path in publish.check(tmp_path, REPO_ID)} == {path.name for path in tmp_path.iterdir()}
 
 
 # --- What arrives ---------------------------------------------------------------------------------------------------

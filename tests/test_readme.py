@@ -15,11 +15,12 @@ from lrcssm_hf import configuration_lrcssm, modeling_lrcssm, recurrence, saved_s
 
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("model_cards").symlink_to(ROOT / "model_cards")
     Path("corpus.txt").write_text("def mean(values):\n    return sum(values) / len(values)\n" * 99)
     arguments = ["--train_file", "corpus.txt", "--output_dir", "runs/lrcssm-python", "--max_train_steps", "2"]
     arguments += ["--config_overrides", "hidden_size=16,num_hidden_layers=1", "--block_size", "64"]
@@ -33,13 +34,14 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert "LrcScanInfo(solver='newton'" in capsys.readouterr().out
 
 
-def test_the_table_is_what_the_comparison_wrote():
-    assert (ROOT / "scripts" / "results" / "block_comparison.md").read_text().strip() in README
+@pytest.mark.parametrize("table", ["block_comparison.md", "rival_comparison.md"])
+def test_the_tables_are_what_the_comparisons_wrote(table):
+    assert (ROOT / "scripts" / "results" / table).read_text(encoding="utf-8").strip() in README
 
 
 def test_the_figures_are_what_the_benchmark_wrote():
     figures = re.findall(r"^- lrc_scan takes .*$", README, flags=re.MULTILINE)
-    written = (ROOT / "scripts" / "results" / "recurrence_cpu.md").read_text()
+    written = (ROOT / "scripts" / "results" / "recurrence_cpu.md").read_text(encoding="utf-8")
     assert len(figures) == 2 and all(figure in written for figure in figures)
 
 

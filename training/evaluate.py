@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrcssm_hf  # noqa: F401  registers the model
-from mamba_scan import compile_mamba_for_cpu
 from text_data import add_data_arguments, load_blocks
 
 
@@ -47,6 +46,8 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
     accelerator = Accelerator()
     if model.config.model_type == "mamba" and accelerator.device.type == "cpu":
+        from mamba_scan import compile_mamba_for_cpu
+
         compile_mamba_for_cpu()
     loader = DataLoader(blocks["validation"], batch_size=args.per_device_eval_batch_size)
     loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, progress=True)

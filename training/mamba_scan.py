@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.models.mamba import modeling_mamba
 
 from lrcssm_hf.recurrence_cpu import _exp, _inline, _kernel, _run
@@ -110,6 +111,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         x, _, decay_rate, inputs, *_ = ctx.saved_tensors
         grad_x, grad_dt = torch.empty_like(x), torch.zeros_like(x)

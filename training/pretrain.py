@@ -49,7 +49,6 @@ from transformers import (
 import lrcssm_hf
 from cpu_processes import start_missing_processes
 from evaluate import nats_per_token
-from mamba_scan import compile_mamba_for_cpu
 from text_data import add_data_arguments, load_blocks, load_tokenizer
 
 
@@ -110,8 +109,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
         parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
-    if not 0 < args.validation_split_percentage < 100:
-        parser.error(f"--validation_split_percentage must be in (0, 100), got {args.validation_split_percentage}.")
     if args.model_name_or_path and args.config_overrides:
         parser.error("--config_overrides is for a new model; --model_name_or_path has its configuration.")
     return args
@@ -397,6 +394,8 @@ class Training:
         if accelerator.num_processes > 1:
             launch += ["--num_processes", str(accelerator.num_processes)]
             launch += ["--cpu"] if accelerator.device.type == "cpu" else []
+        if accelerator.mixed_precision != "no":
+            launch += ["--mixed_precision", accelerator.mixed_precision]
         is_gpu = accelerator.device.type == "cuda"
         if uses_default_data(args):
             source = f"the standard library of Python {platform.python_version()}"
@@ -477,6 +476,8 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.end_training()
         raise SystemExit(2)
     if inputs.model.config.model_type == "mamba" and accelerator.device.type == "cpu":
+        from mamba_scan import compile_mamba_for_cpu
+
         compile_mamba_for_cpu()
     if args.gradient_checkpointing:
         inputs.model.gradient_checkpointing_enable()

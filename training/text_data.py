@@ -68,6 +68,8 @@ def load_text(args: argparse.Namespace) -> DatasetDict:
     Raises:
         ValueError: a file or dataset is missing, empty, or of a kind that cannot be read.
     """
+    if not 0 < args.validation_split_percentage < 100:
+        raise ValueError(f"--validation_split_percentage must be in (0, 100), got {args.validation_split_percentage}.")
     if args.dataset_name is None and args.train_file is None:
         if args.validation_file is not None:
             raise ValueError("--validation_file needs --train_file.")
@@ -125,7 +127,7 @@ def _hold_out(data: Dataset, percentage: float) -> DatasetDict:
         split = data.train_test_split(test_size=held_out, seed=0)
         return DatasetDict({"train": split["train"], "validation": split["test"]})
     text = data[0]["text"]
-    cut = int(len(text) * (1 - percentage / 100))
+    cut = min(int(len(text) * (1 - percentage / 100)), len(text) - 1)
     parts = {"train": text[:cut], "validation": text[cut:]}
     return DatasetDict({split: Dataset.from_dict({"text": [part]}) for split, part in parts.items()})
 
