@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lrcssm_hf import LrcSSMForSequenceClassification
-from tiny_models import make_model, pad
+from tiny_models import make_model, pad, random_ids
 
 
 VARIANTS = {"gated": {}, "paper": {"block_type": "paper"}, "input-dependent": {"state_dependence": "input"}}
@@ -24,10 +24,6 @@ def forget_what_was_compiled():
 @pytest.fixture(params=VARIANTS)
 def model(request):
     return make_model(num_hidden_layers=1, **VARIANTS[request.param])
-
-
-def random_ids(rows, length):
-    return torch.randint(2, 61, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 def padded_documents():

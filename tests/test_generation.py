@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lrcssm_hf import LrcSSMForSequenceModeling
 from text_data import load_tokenizer
-from tiny_models import make_model
+from tiny_models import make_model, random_ids
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(2, 61, (3, 11), generator=torch.Generator().manual_seed(0))
+    return random_ids(3, 11)
 
 
 # --- Modes ----------------------------------------------------------------------------------------------------------

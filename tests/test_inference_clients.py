@@ -22,7 +22,7 @@ from transformers import (
 
 from lrcssm_hf import LrcSSMForSequenceClassification
 from text_data import load_tokenizer
-from tiny_models import make_model, pad
+from tiny_models import make_model, pad, random_ids
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -57,7 +57,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def assert_computes_the_same(model, reference):
-    ids, mask = pad(torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0)), "left")
+    ids, mask = pad(random_ids(4, 23), "left")
     with torch.no_grad():
         assert torch.equal(model(ids, attention_mask=mask).logits, reference(ids, attention_mask=mask).logits)
     generated, expected = (m.generate(ids, attention_mask=mask, **GREEDY) for m in (model, reference))
@@ -137,7 +137,7 @@ def test_weights_in_int8(tmp_path, name):
     for name, parameter in model.model.layers[0].mixer.neurons.named_parameters(recurse=False):
         assert torch.equal(parameter, getattr(reference.model.layers[0].mixer.neurons, name))
 
-    ids = torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(4, 23)
     expected = reference(ids).logits
     logits = model(ids).logits
     error = (logits - expected).square().mean() / expected.var()

@@ -24,7 +24,7 @@ from lrcssm_hf import (
     LrcSSMModel,
 )
 from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
-from tiny_models import LENGTHS, make_config, make_model, pad
+from tiny_models import LENGTHS, make_config, make_model, pad, random_ids
 
 
 VARIANTS = {
@@ -46,7 +46,7 @@ def model(request):
 
 @pytest.fixture
 def ids():
-    return torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0))
+    return random_ids(4, 23)
 
 
 # --- Padding --------------------------------------------------------------------------------------------------------

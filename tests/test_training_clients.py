@@ -12,14 +12,10 @@ from trl import SFTConfig, SFTTrainer
 import two_processes
 from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling
 from text_data import load_tokenizer
-from tiny_models import make_model
+from tiny_models import make_model, random_ids
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
-
-
-def random_ids(rows, length, seed=0):
-    return torch.randint(2, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 # --- Trainer --------------------------------------------------------------------------------------------------------

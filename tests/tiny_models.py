@@ -21,6 +21,10 @@ def make_model(head=LrcSSMForCausalLM, seed=0, **changes):
     return model
 
 
+def random_ids(rows, length, seed=0):
+    return torch.randint(2, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
 LENGTHS = (23, 1, 9, 16)
 
 

@@ -18,17 +18,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceModeling
-from tiny_models import make_model
+from lrcssm_hf import LrcSSMForSequenceModeling
+from tiny_models import make_model, random_ids
 
 
 LEARNING_RATE = 0.1
 
 
-def language_model():
+def language_model(**changes):
     """A model in training and a batch of four rows."""
-    ids = torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0))
-    return make_model(LrcSSMForCausalLM).train(), {"input_ids": ids, "labels": ids}
+    ids = random_ids(4, 23)
+    return make_model(**changes).train(), {"input_ids": ids, "labels": ids}
 
 
 def series_model():
@@ -38,8 +38,7 @@ def series_model():
 
 
 def paper_model():
-    ids = torch.randint(2, 61, (4, 23), generator=torch.Generator().manual_seed(0))
-    return make_model(LrcSSMForCausalLM, block_type="paper").train(), {"input_ids": ids, "labels": ids}
+    return language_model(block_type="paper")
 
 
 MAKERS = {"language": language_model, "series": series_model, "paper": paper_model}

@@ -17,6 +17,14 @@ import lrcssm_hf  # noqa: F401  registers the model
 from text_data import add_data_arguments, load_blocks
 
 
+def use_compiled_mamba(model, accelerator: Accelerator) -> None:
+    """On CPUs, where transformers' Mamba is a Python loop over time, has it run compiled."""
+    if model.config.model_type == "mamba" and accelerator.device.type == "cpu":
+        from mamba_scan import compile_mamba_for_cpu
+
+        compile_mamba_for_cpu()
+
+
 @torch.no_grad()
 def nats_per_token(model, blocks: DataLoader, accelerator: Accelerator, progress: bool = False) -> float:
     """Mean negative log-likelihood of the tokens of all blocks but each block's first."""
@@ -45,10 +53,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     accelerator = Accelerator()
-    if model.config.model_type == "mamba" and accelerator.device.type == "cpu":
-        from mamba_scan import compile_mamba_for_cpu
-
-        compile_mamba_for_cpu()
+    use_compiled_mamba(model, accelerator)
     loader = DataLoader(blocks["validation"], batch_size=args.per_device_eval_batch_size)
     loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, progress=True)
     accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * tokens_per_byte}))

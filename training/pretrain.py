@@ -48,7 +48,7 @@ from transformers import (
 
 import lrcssm_hf
 from cpu_processes import start_missing_processes
-from evaluate import nats_per_token
+from evaluate import nats_per_token, use_compiled_mamba
 from text_data import add_data_arguments, load_blocks, load_tokenizer
 
 
@@ -475,10 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.print(f"error: {error}")
         accelerator.end_training()
         raise SystemExit(2)
-    if inputs.model.config.model_type == "mamba" and accelerator.device.type == "cpu":
-        from mamba_scan import compile_mamba_for_cpu
-
-        compile_mamba_for_cpu()
+    use_compiled_mamba(inputs.model, accelerator)
     if args.gradient_checkpointing:
         inputs.model.gradient_checkpointing_enable()
     if args.with_tracking:
