@@ -13,9 +13,18 @@ _CHOICES = {
     "sensory_activation": ("none", "sigmoid"),
     "elastance": ("asymmetric", "symmetric"),
     "state_dependence": ("full", "input"),
-    "pooling": ("mean", "last"),
+    "pooling": ("mean", "last", "attention"),
+    "scaling": (None, "std"),
     "solver": SOLVERS,
     "backend": BACKENDS,
+}
+# Fields of models that read series, and their values where they play no part.
+_FOR_SERIES = {
+    "scaling": None,
+    "patch_length": 1,
+    "num_time_features": 0,
+    "num_static_real_features": 0,
+    "prediction_length": None,
 }
 # What an Auto class loads, with `trust_remote_code`, from the code saved beside the weights where there is no package.
 _AUTO_MAP = {
@@ -61,8 +70,20 @@ class LrcSSMConfig(PreTrainedConfig):
         hidden_dropout (`float`, defaults to 0.0): dropout on what each block adds to the residual stream.
         norm_eps (`float`, defaults to 1e-5): epsilon of the norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the matrices' initialisation.
-        pooling (`"mean"` or `"last"`, defaults to `"mean"`): how `LrcSSMForSequenceClassification` turns the unmasked
-            steps' logits into one.
+        num_hidden_groups (`int`, *optional*): number of different blocks; consecutive layers share one, and 1 is one
+            block iterated `num_hidden_layers` times (arXiv 2605.16048). By default every layer has its own.
+        bidirectional (`bool`, defaults to `False`): every second layer reads the sequence from its end, for tasks that
+            have the whole of it; there is no cache then.
+        pooling (`"mean"`, `"last"` or `"attention"`, defaults to `"mean"`): how `LrcSSMForSequenceClassification` turns
+            the unmasked steps' logits into one.
+        scaling (`"std"`, *optional*): normalise every channel of every series by its mean and standard deviation over
+            the observed steps.
+        patch_length (`int`, defaults to 1): number of consecutive steps of a series read as one token.
+        num_time_features, num_static_real_features (`int`, defaults to 0): sizes of `time_features`, known of every
+            step of a series, and of `static_real_features`, known of the whole.
+        prediction_length (`int`, *optional*): makes `LrcSSMForSequenceModeling` forecast so many values of every
+            channel, from every token.
+        quantiles (`list[float]`, *optional*): levels in (0, 1), ascending, to forecast in place of the mean.
         solver (`str`, defaults to `"auto"`): see [`lrc_scan`]; all solvers give the same result.
         backend (`str`, defaults to `"auto"`): see [`lrc_scan`].
         layer_types (`list[str]`, *optional*): accepted if it names `"linear_attention"`, transformers' word for a layer
@@ -104,7 +125,15 @@ class LrcSSMConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    num_hidden_groups: int | None = None
+    bidirectional: bool = False
     pooling: str = "mean"
+    scaling: str | None = None
+    patch_length: int = 1
+    num_time_features: int = 0
+    num_static_real_features: int = 0
+    prediction_length: int | None = None
+    quantiles: list[float] | None = None
     solver: str = "auto"
     backend: str = "auto"
     use_cache: bool = True
@@ -142,14 +171,30 @@ class LrcSSMConfig(PreTrainedConfig):
     def check_values(self):
         """Raises a `ValueError` that names the field whose value is out of range or unknown."""
         sizes = ["vocab_size", "hidden_size", "state_size", "num_hidden_layers", "intermediate_size", "conv_kernel"]
-        if self.num_channels is not None:
-            sizes.append("num_channels")
+        sizes += ["patch_length", "num_channels", "num_hidden_groups", "prediction_length"]
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("num_time_features", "num_static_real_features"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
+                )
+        if self.num_hidden_groups is not None and self.num_hidden_groups > self.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_groups` can be {self.num_hidden_layers} at most (`num_hidden_layers`), got "
+                f"{self.num_hidden_groups}."
+            )
+        for name, unused in _FOR_SERIES.items():
+            if self.num_channels is None and getattr(self, name) != unused:
+                raise ValueError(f"`{name}` is for series; set `num_channels` too, or leave it out.")
+        levels = self.quantiles
+        if levels is not None and not (levels == sorted(set(levels)) and levels and 0 < levels[0] <= levels[-1] < 1):
+            raise ValueError(f"`quantiles` must be ascending levels in (0, 1), got {levels}.")
         if not 2 < self.time_constant_min <= self.time_constant_max:
             raise ValueError(
                 "`time_constant_min` must be above 2 and at most `time_constant_max`, got "

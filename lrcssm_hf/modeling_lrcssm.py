@@ -25,8 +25,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_lrcssm import LrcSSMConfig
+from .forecasting import ForecastingMixin
 from .recurrence import LrcParameters, lrc_scan, prefix_scan
 from .saved_states import SavedStatesMixin
+from .series import observed_values, require_features, require_finite, series_statistics
+from .steps import LrcSSMSteps
 
 
 class LrcSSMNeurons(nn.Module):
@@ -146,68 +149,6 @@ class LrcSSMNeurons(nn.Module):
         )
 
 
-class LrcSSMSteps(NamedTuple):
-    """What happens at each step of a batch beside its values, in the order the recurrences see it.
-
-    The unmasked steps of every row are moved to its front (`pack`) and its outputs back (`unpack`), so that neither
-    the convolution nor the state ever meets a padded step between two real ones, on whichever side the padding is.
-
-    Attributes:
-        time_step: (B, T), 0 where a step is padding, otherwise the elapsed time; None when every step is 1.
-        reset: (B, T) bool, a new document starts here; None when none does.
-        order: (B, T), where each packed step comes from; None without a mask, as are the following.
-        count: (B, T), the number of unmasked steps up to each step, in the user's order.
-        lengths: (B,), the number of unmasked steps.
-    """
-
-    time_step: Tensor | None
-    reset: Tensor | None
-    order: Tensor | None = None
-    count: Tensor | None = None
-    lengths: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, mask: Tensor | None, time_deltas: Tensor | None, reset: Tensor | None, documents: Tensor | None
-    ) -> "LrcSSMSteps":
-        """From a bool mask, elapsed times, document starts and each step's document, each (B, T) in the user's order or
-        None."""
-        if mask is None:
-            return cls(time_deltas, _document_starts(reset, documents))
-        count = mask.cumsum(1)
-        order = torch.argsort(~mask, dim=1, stable=True)
-        mask, time_deltas, reset, documents = (
-            None if steps is None else steps.gather(1, order) for steps in (mask, time_deltas, reset, documents)
-        )
-        time_step = mask.float() if time_deltas is None else time_deltas
-        starts = _document_starts(reset, documents)
-        starts = None if starts is None else starts & mask
-        return cls(time_step.masked_fill(~mask, 0), starts, order, count, count[:, -1])
-
-    def pack(self, inputs: Tensor) -> Tensor:
-        """(B, T, H) in the user's order -> the unmasked steps at the front of each row."""
-        if self.order is None:
-            return inputs
-        return inputs.gather(1, self.order.unsqueeze(-1).expand_as(inputs))
-
-    def unpack(self, outputs: Tensor) -> Tensor:
-        """Outputs in the order given by the user. A padded step repeats the output of the last real step before it, as
-        if it had not been taken; before the first real step the output is zero."""
-        if self.count is None:
-            return outputs
-        count = self.count.to(outputs.device).unsqueeze(-1)
-        return outputs.gather(1, (count - 1).clamp(min=0).expand_as(outputs)).masked_fill(count == 0, 0)
-
-
-def _document_starts(reset: Tensor | None, documents: Tensor | None) -> Tensor | None:
-    """Where `reset` says so or the document changes. Whether the first step continues what a cache holds, `documents`
-    does not say: it does."""
-    if documents is None:
-        return reset
-    changes = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-    return changes if reset is None else reset | changes
-
-
 class LrcSSMConvolution(nn.Module):
     """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
 
@@ -253,44 +194,50 @@ class LrcSSMConvolution(nn.Module):
         return outputs, past.transpose(1, 2)
 
 
-def _read_cache(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-    """The convolution's past and the recurrent state of a layer."""
-    if cache is None or not cache.has_previous_state(layer_idx):
-        return None, None
-    layer = cache.layers[layer_idx]
-    conv_state, recurrent_state = layer.conv_states[0], layer.recurrent_states[0]
-    if torch.is_grad_enabled():
-        # The cache overwrites its tensors in place; what the graph holds on to must not change under it.
-        conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
-    return conv_state, recurrent_state
+class LrcSSMLayerCache(NamedTuple):
+    """One layer's place in a cache."""
 
+    cache: Cache
+    layer_idx: int
 
-def _write_cache(cache: Cache | None, layer_idx: int, conv_state: Tensor, recurrent_state: Tensor) -> None:
-    if cache is not None:
+    def read(self) -> tuple[Tensor | None, Tensor | None]:
+        """The convolution's past and the recurrent state; None before the first step."""
+        if not self.cache.has_previous_state(self.layer_idx):
+            return None, None
+        layer = self.cache.layers[self.layer_idx]
+        conv_state, recurrent_state = layer.conv_states[0], layer.recurrent_states[0]
+        if torch.is_grad_enabled():
+            # The cache overwrites its tensors in place; what the graph holds on to must not change under it.
+            conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
+        return conv_state, recurrent_state
+
+    def write(self, conv_state: Tensor, recurrent_state: Tensor) -> None:
         # Given as many steps as it keeps, the cache replaces its own; without a convolution these are none.
-        cache.update_conv_state(conv_state, layer_idx)
-        cache.update_recurrent_state(recurrent_state, layer_idx)
+        self.cache.update_conv_state(conv_state, self.layer_idx)
+        self.cache.update_recurrent_state(recurrent_state, self.layer_idx)
 
 
 class LrcSSMMixer(nn.Module):
     """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
 
-    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+    def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
         self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
         self.act = ACT2FN[config.hidden_act]
         self.neurons = LrcSSMNeurons(config, config.state_size)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
+    ) -> Tensor:
         """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
-        conv_state, recurrent_state = _read_cache(past_key_values, self.layer_idx)
+        conv_state, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
         states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps.time_step, steps.reset)
-        _write_cache(past_key_values, self.layer_idx, conv_state, recurrent_state)
+        if past_key_values is not None:
+            past_key_values.write(conv_state, recurrent_state)
         return self.out_proj(states.to(gate.dtype) * self.act(gate))
 
 
@@ -312,15 +259,17 @@ class LrcSSMMLP(nn.Module):
 class LrcSSMGatedBlock(GradientCheckpointingLayer):
     """RMSNorm, mixer, residual; RMSNorm, SwiGLU, residual."""
 
-    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+    def __init__(self, config: LrcSSMConfig):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = LrcSSMMixer(config, layer_idx)
+        self.mixer = LrcSSMMixer(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LrcSSMMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
+    ) -> Tensor:
         """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
         hidden_states = hidden_states + self.dropout(
             self.mixer(self.mixer_norm(hidden_states), steps, past_key_values=past_key_values)
@@ -346,21 +295,23 @@ class LrcSSMPaperMLP(nn.Sequential):
 class LrcSSMPaperBlock(GradientCheckpointingLayer):
     """The authors' block: norm, neurons, residual and norm again, with the MLP after it (equal widths) or before."""
 
-    def __init__(self, config: LrcSSMConfig, layer_idx: int):
+    def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.equal_widths = config.hidden_size == config.state_size
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
         self.neurons = LrcSSMNeurons(config, config.hidden_size)
         self.mlp = LrcSSMPaperMLP(config.state_size, config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
+    ) -> Tensor:
         """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
-        _, recurrent_state = _read_cache(past_key_values, self.layer_idx)
+        _, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
         inputs = self.norm(hidden_states)
         states, recurrent_state = self.neurons(inputs, recurrent_state, steps.time_step, steps.reset)
-        _write_cache(past_key_values, self.layer_idx, inputs.new_empty(*recurrent_state.shape, 0), recurrent_state)
+        if past_key_values is not None:
+            past_key_values.write(inputs.new_empty(*recurrent_state.shape, 0), recurrent_state)
         states = states.to(inputs.dtype)
         if not self.equal_widths:
             return self.norm(self.dropout(self.mlp(states)) + inputs)
@@ -413,19 +364,26 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         super().__init__(config)
         if config.num_channels is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        elif config.block_type == "paper":
-            self.encoder = LrcSSMPaperMLP(config.num_channels, config.hidden_size, config.hidden_size)
         else:
-            self.encoder = nn.Linear(config.num_channels, config.hidden_size)
-        if config.num_channels is not None:
             self._input_embed_layer = "encoder"  # Read by get_input_embeddings and set_input_embeddings.
+            size = config.patch_length * (config.num_channels + config.num_time_features)
+            if config.block_type == "paper":
+                self.encoder = LrcSSMPaperMLP(size, config.hidden_size, config.hidden_size)
+            else:
+                self.encoder = nn.Linear(size, config.hidden_size)
+            if config.num_static_real_features:
+                self.static_encoder = nn.Linear(config.num_static_real_features, config.hidden_size, bias=False)
         block = BLOCKS[config.block_type]
-        self.layers = nn.ModuleList(block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_groups or config.num_hidden_layers))
         # The paper's block ends in the residual stream that its classifier reads.
         gated = config.block_type == "gated"
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def block(self, index: int) -> nn.Module:
+        """The block that is the layer `index`; with `config.num_hidden_groups`, consecutive layers are one block."""
+        return self.layers[index * len(self.layers) // self.config.num_hidden_layers]
 
     @can_return_tuple
     def forward(
@@ -436,7 +394,11 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
+        observed_mask: Tensor | None = None,
         time_deltas: Tensor | None = None,
+        time_features: Tensor | None = None,
+        static_real_features: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         use_cache: bool | None = None,
@@ -459,14 +421,25 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): in place of ids.
             input_values (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): a continuous series,
                 for a model with `config.num_channels`.
+            observed_mask (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): 0 where a value is
+                missing, which may then be NaN; the model reads a zero there, with `scaling` the channel's mean.
             time_deltas (`torch.Tensor` of shape `(batch_size, sequence_length)`): time elapsed at each step, in units
                 of the regular step; 1 by default.
+            time_features (`torch.Tensor` of shape `(batch_size, sequence_length, num_time_features)`): what is known
+                of each step beside its values, such as the hour.
+            static_real_features (`torch.Tensor` of shape `(batch_size, num_static_real_features)`): what is known of
+                the whole series.
+            statistics (`tuple` of two `torch.Tensor` of shape `(batch_size, 1, num_channels)`): with `config.scaling`,
+                mean and standard deviation to use instead of those of `input_values`; needed with a cache, which has
+                read other values.
             use_cache (`bool`): whether to return `past_key_values`.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
         Returns:
             `last_hidden_state` (batch_size, sequence_length, hidden_size), in which a masked step repeats the last
-            real one; `past_key_values` with `use_cache`; `hidden_states` with `output_hidden_states`.
+            real one; `past_key_values` with `use_cache`; `hidden_states` with `output_hidden_states`. With a
+            `config.patch_length` above 1 they have sequence_length / patch_length tokens, rounded up, the real ones at
+            the front, and only the first of the pieces that go through a cache may have an incomplete patch.
 
         Raises:
             ValueError: an input is missing, has the wrong shape or, on the CPU, a value out of range.
@@ -474,9 +447,14 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not self.config.bidirectional
         if use_cache and self.training and self.gradient_checkpointing:
             use_cache = False
+        if self.config.bidirectional and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "A model with `bidirectional` reads series from both ends and cannot continue from a cache; pass "
+                "`use_cache=False` and the whole series."
+            )
         name, values = self._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
         batch_size, length = values.shape[:2]
         if use_cache and past_key_values is None:
@@ -493,14 +471,27 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
 
         steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)
-        hidden_states = steps.pack(self._embed(name, values, mask))
+        if name == "input_values":
+            continues = past_key_values is not None and past_key_values.has_previous_state()
+            self._check_patches(steps, length, continues)
+            values = self._prepare_series(values, mask, observed_mask, time_features, statistics, continues)
+            tokens, steps = steps.patch(steps.pack(values), self.config.patch_length)
+            hidden_states = self._add_static(self.encoder(tokens.to(self.dtype)), static_real_features)
+        else:
+            hidden_states = steps.pack(self._embed(name, values, mask))
+        backwards = steps.reversed() if self.config.bidirectional else None
         all_hidden_states = ()
-        for layer in self.layers:
+        for index in range(self.config.num_hidden_layers):
             if output_hidden_states:
                 # What is returned is what the layer reads, so that a gradient can be asked of it.
                 all_hidden_states += (steps.unpack(hidden_states),)
                 hidden_states = steps.pack(all_hidden_states[-1])
-            hidden_states = layer(hidden_states, steps, past_key_values=past_key_values)
+            layer = self.block(index)
+            if backwards is not None and index % 2:
+                hidden_states = steps.reverse(layer(steps.reverse(hidden_states), backwards))
+            else:
+                cache = None if past_key_values is None else LrcSSMLayerCache(past_key_values, index)
+                hidden_states = layer(hidden_states, steps, past_key_values=cache)
         hidden_states = steps.unpack(self.norm(hidden_states))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -548,9 +539,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         return torch.bucketize(steps, cu_seq_lens_q, right=True).unsqueeze(0)
 
     def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, H). Values are checked on the CPU only: elsewhere that would stall the device's queue."""
-        check = values.device.type == "cpu" and not torch.compiler.is_compiling()
+        """(B, T, H). Ids are checked on the CPU only: elsewhere that would stall the device's queue."""
         if name == "input_ids":
+            check = values.device.type == "cpu" and not torch.compiler.is_compiling()
             if check and not (values.min() >= 0 and values.max() < self.config.vocab_size):
                 raise ValueError(
                     f"`input_ids` must be in [0, {self.config.vocab_size}), got {values.min()} to {values.max()}; "
@@ -559,11 +550,62 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             return self.embed_tokens(values)
         if mask is not None:
             values = values.masked_fill(~mask.unsqueeze(-1), 0)
-        if check and not values.isfinite().all():
-            raise ValueError(f"`{name}` holds NaN or infinite values at unmasked steps; fill or mask them.")
-        if name == "inputs_embeds":
+        require_finite(name, values)
+        return values
+
+    def _check_patches(self, steps: LrcSSMSteps, length: int, continues: bool) -> None:
+        patch_length = self.config.patch_length
+        if patch_length == 1:
+            return
+        if steps.reset is not None:
+            raise ValueError(
+                f"A patch of {patch_length} steps (`patch_length`) belongs to one series: give each series a row, "
+                "without `position_ids`, `seq_idx` and `cu_seq_lens_q`."
+            )
+        if continues and length % patch_length:
+            raise ValueError(
+                f"`input_values` has {length} steps, which must be a multiple of `patch_length` ({patch_length}) when "
+                "`past_key_values` has read others before."
+            )
+
+    def _prepare_series(
+        self,
+        values: Tensor,
+        mask: Tensor | None,
+        observed_mask: Tensor | None,
+        time_features: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None,
+        continues: bool,
+    ) -> Tensor:
+        """Scaled values with zeros for what is missing, and the time features: (B, T, num_channels + features)."""
+        config = self.config
+        observed = observed_values(values, mask, observed_mask)
+        values = values.masked_fill(~observed, 0)
+        require_finite("input_values", values)
+        if config.scaling is not None:
+            if statistics is None and continues:
+                raise ValueError(
+                    "`scaling` needs the mean and deviation of the whole series, and `past_key_values` has read other "
+                    "values: pass `statistics`, as `series_statistics` returns them."
+                )
+            mean, deviation = series_statistics(values, observed) if statistics is None else statistics
+            values = ((values - mean) / deviation).masked_fill(~observed, 0)
+        expected = (*values.shape[:2], config.num_time_features)
+        features = require_features("time_features", time_features, expected)
+        if features is None:
             return values
-        return self.encoder(values.to(self.dtype))
+        if mask is not None:
+            features = features.masked_fill(~mask.unsqueeze(-1), 0)
+        require_finite("time_features", features)
+        return torch.cat([values, features.to(values.dtype)], dim=-1)
+
+    def _add_static(self, hidden_states: Tensor, static_real_features: Tensor | None) -> Tensor:
+        expected = (hidden_states.shape[0], self.config.num_static_real_features)
+        features = require_features("static_real_features", static_real_features, expected)
+        if features is None:
+            return hidden_states
+        require_finite("static_real_features", features)
+        return hidden_states + self.static_encoder(features.to(hidden_states.dtype)).unsqueeze(1)
 
 
 class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
@@ -592,6 +634,8 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
     def __init__(self, config: LrcSSMConfig):
         if config.num_channels is not None:
             raise ValueError("`num_channels` is set: a language model reads tokens; use LrcSSMForSequenceModeling.")
+        if config.bidirectional:
+            raise ValueError("`bidirectional` is set: a language model must not see what it predicts; leave it out.")
         super().__init__(config)
         self.model = LrcSSMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -709,18 +753,42 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
 
 
 class LrcSSMScoringModel(LrcSSMPreTrainedModel):
-    """What the heads without a vocabulary share: scores of every step, from which each makes its logits and loss."""
+    """What the heads without a vocabulary share: the trunk, and scores that an MLP or a matrix reads from it."""
 
     # The losses are means over a batch; Trainer is to average them over accumulated batches itself.
     accepts_loss_kwargs = False
 
-    def __init__(self, config: LrcSSMConfig):
+    def __init__(self, config: LrcSSMConfig, num_scores: int):
         super().__init__(config)
         self.model = LrcSSMModel(config)
         if config.block_type == "paper":
-            self.score = LrcSSMPaperMLP(config.hidden_size, config.hidden_size, config.num_labels)
+            self.score = LrcSSMPaperMLP(config.hidden_size, config.hidden_size, num_scores)
         else:
-            self.score = nn.Linear(config.hidden_size, config.num_labels)
+            self.score = nn.Linear(config.hidden_size, num_scores)
+
+    def _outputs(self, outputs: BaseModelOutputWithPast, loss: Tensor | None, logits: Tensor):
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class LrcSSMForSequenceClassification(LrcSSMScoringModel):
+    """The model with one label (or value) for a whole sequence of tokens or of channels.
+
+    The scores of the unmasked steps are pooled as `config.pooling` says into `logits` (batch_size, num_labels): their
+    mean, the last, or a mean weighted by attention, the softmax over the steps of a learned projection of the hidden
+    states.
+    """
+
+    def __init__(self, config: LrcSSMConfig):
+        if config.prediction_length is not None:
+            raise ValueError("`prediction_length` is set: forecasts are made by LrcSSMForSequenceModeling.")
+        super().__init__(config, config.num_labels)
+        if config.pooling == "attention":
+            self.attention = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -732,13 +800,25 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
+        observed_mask: Tensor | None = None,
         time_deltas: Tensor | None = None,
+        time_features: Tensor | None = None,
+        static_real_features: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        """For `labels` and `logits` see the class, for the other arguments [`LrcSSMModel.forward`]."""
+        r"""
+        Args:
+            labels (`torch.Tensor`): classes (batch_size,), or values for regression or several labels (batch_size,
+                num_labels), as `config.problem_type` says; left out, it follows from the labels.
+
+        For the other arguments see [`LrcSSMModel.forward`].
+
+        Returns:
+            `logits` (batch_size, num_labels), `loss` with `labels`, and what the model returns.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -746,53 +826,163 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
+            observed_mask=observed_mask,
             time_deltas=time_deltas,
+            time_features=time_features,
+            static_real_features=static_real_features,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        scores = self.score(outputs.last_hidden_state)
-        mask = None if attention_mask is None else attention_mask[:, -scores.shape[1] :].bool()
-        logits = self._logits(scores, mask)
-        return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits, labels, mask),
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        hidden_states = outputs.last_hidden_state
+        mask = None
+        if attention_mask is not None:
+            length = hidden_states.shape[1] if input_values is None else input_values.shape[1]
+            mask = self._token_mask(attention_mask[:, -length:].bool(), hidden_states.shape[1])
+        logits = self._pool(hidden_states, mask)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return self._outputs(outputs, loss, logits)
 
+    def _token_mask(self, mask: Tensor, tokens: int) -> Tensor:
+        """(B, N) from the mask of the steps (B, T): where steps are patched, the real tokens are at the front."""
+        if self.config.patch_length == 1:
+            return mask
+        real = -(-mask.sum(1) // self.config.patch_length)
+        return torch.arange(tokens, device=mask.device) < real.unsqueeze(1)
 
-class LrcSSMForSequenceClassification(LrcSSMScoringModel):
-    """The model with one label (or value) for a whole sequence of tokens or of channels.
-
-    The scores of the unmasked steps are pooled as `config.pooling` says into `logits` (batch_size, num_labels).
-    `labels` are classes (batch_size,), or values for regression or several labels (batch_size, num_labels), as
-    `config.problem_type` says; left out, it follows from the labels.
-    """
-
-    def _logits(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+    def _pool(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, H) -> (B, num_labels)."""
         if self.config.pooling == "last":
-            return scores[:, -1]  # A padded step repeats the last real one.
+            return self.score(hidden_states[:, -1])  # A padded step repeats the last real one.
+        scores = self.score(hidden_states)
+        if self.config.pooling == "attention":
+            weight = self.attention(hidden_states)
+            if mask is not None:
+                # Not minus infinity: a row may have no real step.
+                weight = weight.masked_fill(~mask.unsqueeze(-1), torch.finfo(weight.dtype).min)
+            return (scores * weight.softmax(1)).sum(1)
         if mask is None:
             return scores.mean(1)
         weight = mask.unsqueeze(-1).to(scores.dtype)
         return (scores * weight).sum(1) / weight.sum(1).clamp(min=1)
 
-    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
+class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
+    """The model with a value or a class for every step, or with forecasts.
 
-class LrcSSMForSequenceModeling(LrcSSMScoringModel):
-    """The model with a value or a class for every step: tagging, filtering, forecasting.
+    Without `config.prediction_length`, `logits` are (batch_size, sequence_length, num_labels), for tagging and
+    filtering. `config.problem_type` is `"regression"` (mean squared error) or `"single_label_classification"`
+    (cross-entropy); left out, it follows from the labels' dtype.
 
-    `logits` are (batch_size, sequence_length, num_labels). `labels` are values of that shape, or classes
-    (batch_size, sequence_length) in which -100 is ignored, as are masked steps. Nothing is shifted: to forecast, let
-    the labels be the next values. `config.problem_type` is `"regression"` (mean squared error) or
-    `"single_label_classification"` (cross-entropy); left out, it follows from the labels' dtype.
-    """
+    With `config.prediction_length`, `logits` are forecasts of the `prediction_length` values that follow each token (a
+    step, or a patch of steps), (batch_size, tokens, prediction_length, num_channels) and with `config.quantiles` a last
+    dimension for them. A forecast is the channel's last observed value plus what the model adds to it. With
+    `config.scaling`, whose statistics know the whole series, there are forecasts after the last token only.
 
-    def _logits(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return scores
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
+
+    >>> config = LrcSSMConfig(num_channels=2, prediction_length=24, hidden_size=32, num_hidden_layers=2)
+    >>> model = LrcSSMForSequenceModeling(config)
+    >>> past, future = torch.randn(4, 96, 2), torch.randn(4, 24, 2)
+    >>> loss = model(input_values=past, future_values=future).loss
+    >>> model.eval().forecast(past, horizon=60).shape
+    torch.Size([4, 60, 2])
+
+    ```"""
+
+    def __init__(self, config: LrcSSMConfig):
+        num_scores = config.num_labels * config.patch_length
+        if config.prediction_length is not None:
+            num_scores = config.prediction_length * config.num_channels * len(config.quantiles or [None])
+        super().__init__(config, num_scores)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        observed_mask: Tensor | None = None,
+        time_deltas: Tensor | None = None,
+        time_features: Tensor | None = None,
+        static_real_features: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        future_values: Tensor | None = None,
+        future_observed_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.Tensor`): without `config.prediction_length`, values (batch_size, sequence_length,
+                num_labels), or classes (batch_size, sequence_length) in which -100 is ignored, as are masked steps.
+                Nothing is shifted.
+            future_values (`torch.Tensor` of shape `(batch_size, prediction_length, num_channels)`): what follows
+                `input_values`. The loss is the mean squared error, or with `config.quantiles` the pinball loss, of the
+                forecasts from every token, those whose targets lie in `input_values` too.
+            future_observed_mask (`torch.Tensor` of the shape of `future_values`): 0 where a value is missing.
+            logits_to_keep (`int`): forecast from the last so many tokens only (0: from all).
+
+        For the other arguments see [`LrcSSMModel.forward`].
+
+        Returns:
+            `logits` as described at the class, `loss` with `labels` or `future_values`, and what the model returns.
+        """
+        forecasts = self.config.prediction_length is not None
+        if (labels if forecasts else future_values) is not None:
+            given, wanted = ("labels", "future_values") if forecasts else ("future_values", "labels")
+            raise ValueError(
+                f"With a `prediction_length` of {self.config.prediction_length}, pass `{wanted}` instead of `{given}`."
+            )
+        if forecasts and input_values is None:
+            raise ValueError("`input_values` is missing: forecasts continue the values of a series.")
+        mask = None
+        if attention_mask is not None:
+            length = next(x for x in (input_values, input_ids, inputs_embeds) if x is not None).shape[1]
+            mask = attention_mask[:, -length:].bool()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            observed_mask=observed_mask,
+            time_deltas=time_deltas,
+            time_features=time_features,
+            static_real_features=static_real_features,
+            statistics=statistics,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if forecasts:
+            observed = observed_values(input_values, mask, observed_mask)
+            series = (input_values.masked_fill(~observed, 0), observed, LrcSSMSteps.of(mask))
+            logits, ends = self._forecasts(hidden_states, *series, statistics, logits_to_keep)
+            loss = None
+            if future_values is not None:
+                loss = self._forecast_loss(logits, ends, *series, future_values, future_observed_mask)
+            return self._outputs(outputs, loss, logits)
+        logits = self.score(hidden_states)
+        if self.config.patch_length > 1:
+            logits = LrcSSMSteps.of(mask).unpatch(logits, self.config.patch_length, input_values.shape[1])
+        loss = None if labels is None else self._loss(logits, labels, mask)
+        return self._outputs(outputs, loss, logits)
 
     def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         problem = self.config.problem_type
@@ -811,37 +1001,6 @@ class LrcSSMForSequenceModeling(LrcSSMScoringModel):
         if mask is not None:
             labels = labels.masked_fill(~mask, -100)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-    @torch.no_grad()
-    def forecast(self, past_values: Tensor, horizon: int, attention_mask: Tensor | None = None) -> Tensor:
-        """Continue a series by feeding each predicted value back in, for a model trained to predict the next one.
-
-        Args:
-            past_values: (B, T, num_channels).
-            horizon: number of steps to predict.
-            attention_mask: (B, T), 0 for padding.
-
-        Returns:
-            (B, horizon, num_channels).
-
-        Raises:
-            ValueError: the horizon is not positive, or the model does not predict its own channels or is in training.
-        """
-        if self.config.num_labels != self.config.num_channels:
-            raise ValueError(
-                "`forecast` feeds predictions back in: `num_labels` must equal `num_channels`, got "
-                f"{self.config.num_labels} and {self.config.num_channels}."
-            )
-        if horizon < 1:
-            raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
-        if self.training:
-            raise ValueError("The model is in training mode; call `model.eval()` before `forecast`.")
-        outputs = self(input_values=past_values, attention_mask=attention_mask, use_cache=True)
-        values = [outputs.logits[:, -1:]]
-        while len(values) < horizon:
-            outputs = self(input_values=values[-1], past_key_values=outputs.past_key_values, use_cache=True)
-            values.append(outputs.logits)
-        return torch.cat(values, dim=1)
 
 
 # Has transformers save this code with every model.

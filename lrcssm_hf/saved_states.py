@@ -61,8 +61,8 @@ class SavedStatesMixin:
                         f"The state in {str(path)!r} was written by another model, or by this one with other weights "
                         "or in another dtype, and means nothing to this one; read the text again."
                     )
-                for index, block in enumerate(self.base_model.layers):
-                    device = next(block.parameters()).device
+                for index in range(self.config.num_hidden_layers):
+                    device = next(self.base_model.block(index).parameters()).device
                     cache.update_conv_state(file.get_tensor(f"layers.{index}.conv_state").to(device), index)
                     cache.update_recurrent_state(file.get_tensor(f"layers.{index}.recurrent_state").to(device), index)
         except (OSError, SafetensorError) as error:

@@ -487,23 +487,6 @@ def test_sequence_modeling_values_and_classes():
         model(input_values=values, labels=values[..., :2])
 
 
-@torch.no_grad()
-def test_forecast_feeds_its_predictions_back():
-    model = make_model(LrcSSMForSequenceModeling, num_channels=2, num_labels=2)
-    past = torch.randn(3, 12, 2)
-    forecast = model.forecast(past, horizon=4)
-    for step in range(4):
-        expected = model(input_values=torch.cat([past, forecast[:, :step]], 1)).logits[:, -1]
-        assert torch.allclose(forecast[:, step], expected, atol=1e-5)
-    with pytest.raises(ValueError, match="eval"):
-        model.train().forecast(past, horizon=2)
-    model.eval()
-    with pytest.raises(ValueError, match="horizon"):
-        model.forecast(past, horizon=0)
-    with pytest.raises(ValueError, match="num_labels.*num_channels"):
-        make_model(LrcSSMForSequenceModeling, num_channels=2, num_labels=3).forecast(past, 2)
-
-
 def test_the_gated_model_learns(ids):
     """A few steps on one batch: the loss falls far below that of guessing."""
     torch.manual_seed(0)

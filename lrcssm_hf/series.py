@@ -1,0 +1,62 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Values of series: which are there, on what scale, and whether they can be read.
+
+Shapes: B batch, T steps, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# As in transformers' PatchTST: keeps a constant channel from being blown up.
+_MINIMUM_VARIANCE = 1e-5
+
+
+def observed_values(values: Tensor, mask: Tensor | None, observed_mask: Tensor | None) -> Tensor:
+    """Which values (B, T, C) are there, bool, from the mask of the steps (B, T) and that of the values."""
+    if observed_mask is None:
+        observed = torch.ones_like(values, dtype=torch.bool)
+    elif observed_mask.shape == values.shape:
+        observed = observed_mask.bool()
+    else:
+        raise ValueError(f"`observed_mask` must have shape {tuple(values.shape)}, got {tuple(observed_mask.shape)}.")
+    return observed if mask is None else observed & mask.unsqueeze(-1)
+
+
+def series_statistics(values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel of every series over its observed values, each (B, 1, C).
+
+    Args:
+        values, observed: (B, T, C), real and bool; what is not observed may be anything.
+    """
+    values = values.masked_fill(~observed, 0)
+    count = observed.sum(1, keepdim=True).clamp(min=1)
+    mean = values.sum(1, keepdim=True) / count
+    variance = (values - mean).masked_fill(~observed, 0).square().sum(1, keepdim=True) / count
+    return mean, (variance + _MINIMUM_VARIANCE).sqrt()
+
+
+def last_observed(values: Tensor, observed: Tensor) -> Tensor:
+    """(B, T, C): at every step the latest observed value, 0 before the first."""
+    steps = torch.arange(1, values.shape[1] + 1, device=values.device)[:, None]
+    latest = torch.where(observed, steps, 0).cummax(dim=1).values
+    return F.pad(values.masked_fill(~observed, 0), (0, 0, 1, 0)).gather(1, latest)
+
+
+def require_features(name: str, features: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """The features, or None for a model that reads none; raises where what is passed is not what it reads."""
+    wanted = shape if shape[-1] else None
+    given = None if features is None else tuple(features.shape)
+    if given != wanted:
+        expected = f"must have shape {wanted}" if wanted else f"must be left out, as `num_{name}` is 0"
+        raise ValueError(f"`{name}` {expected}; got {given}.")
+    return features
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """On the CPU only: elsewhere the check would stall the device's queue."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not values.isfinite().all():
+        raise ValueError(f"`{name}` holds NaN or infinite values at unmasked steps; fill or mask them.")
