@@ -1,11 +1,14 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """Against the authors' own numbers."""
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from lrcssm_hf import LrcParameters, lrc_scan
-from reference import AUTHORS_NAMES, cell_parameters, classifier, load
+from convert_reference_weights import convert, main
+from lrcssm_hf import lrc_scan
+from reference import DATA, cell_parameters, load
 
 
 CELLS = ["asymmetric", "asymmetric_unit_weights", "symmetric", "symmetric_unit_weights"]
@@ -50,7 +53,7 @@ def test_complex_cell(solver):
 @pytest.mark.parametrize("name", ["model_equal_widths", "model_different_widths"])
 def test_whole_model(name):
     data = load(name)
-    model = classifier(data)
+    model = convert(data)
     with torch.no_grad():
         per_step = model.score(model.model(input_values=data["u"]).last_hidden_state)
         logits = model(input_values=data["u"]).logits
@@ -58,5 +61,35 @@ def test_whole_model(name):
     assert (logits - data["logits"]).abs().max() < 1e-9
 
 
-def test_every_parameter_has_its_name():
-    assert tuple(AUTHORS_NAMES) == LrcParameters._fields
+@pytest.mark.parametrize("name", ["model_equal_widths", "model_different_widths"])
+@torch.no_grad()
+def test_converted_folder(name, tmp_path):
+    main([str(DATA / f"{name}.npz"), str(tmp_path / "model")])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    data = load(name)
+    assert (model(input_values=data["u"]).logits - data["logits"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("cells.1.weight_mu"), "no 'cells.1.weight_mu'"),
+        (lambda data: data.update({"mlps.0.layers.1.bias": torch.zeros(3)}), "do not fit together"),
+    ],
+)
+def test_other_weights_are_refused_by_name(change, message, tmp_path, capsys):
+    data = load("model_equal_widths")
+    change(data)
+    np.savez(tmp_path / "weights.npz", **data)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "weights.npz"), str(tmp_path / "model")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_other_files_are_refused(tmp_path, capsys):
+    (tmp_path / "weights.npz").write_text("not an archive")
+    for name in ("weights.npz", "missing.npz"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / name), str(tmp_path / "model")])
+        assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Turn weights of the authors' JAX classifier into a model folder.
+
+    python scripts/convert_reference_weights.py IN.npz OUT_DIR
+
+The arrays of IN.npz have the names of their modules: `encoder.layers.0.weight`, `cells.0.weight_sigma`,
+`mlps.0.layers.0.weight`, `classifier.layers.1.bias` and so on. OUT_DIR is loaded by
+`AutoModelForSequenceClassification.from_pretrained`, in the arrays' precision with `dtype="auto"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
+
+
+# The names of a layer's neurons' parameters: ours -> theirs.
+SENSORY = {"sensory_scale": "weight_sensory_sigma", "sensory_shift": "weight_sensory_mu"}
+STATE = {
+    "activation_scale": "weight_sigma",
+    "activation_shift": "weight_mu",
+    "forget_weight": "weight_w",
+    "update_weight": "weight_h",
+    "leak_conductance": "weight_gleak",
+    "leak_potential": "weight_vleak",
+    "elastance_weight": "weight_elastance_kernel",
+    "elastance_bias": "weight_elastance_bias",
+    "elastance_shift": "weight_elastance_shift",
+}
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The arrays of the file; raises a `ValueError` if they are not those of a classifier."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(array) for name, array in file.items()}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path!r} cannot be read as an .npz file of arrays: {error}") from error
+    if any(name.startswith("cells.") and name.endswith("re") for name in arrays):
+        raise ValueError(f"{path!r} has complex states, for which the model has no configuration.")
+    return arrays
+
+
+def convert(arrays: dict[str, Tensor], elastance: str = "asymmetric") -> LrcSSMForSequenceClassification:
+    """The model with these weights, in their precision.
+
+    Raises:
+        ValueError: an array is missing or has another shape than the others imply.
+    """
+    layers = len({name.split(".")[1] for name in arrays if name.startswith("cells.")})
+
+    def array(name: str) -> Tensor:
+        if name not in arrays:
+            raise ValueError(f"The weights have no {name!r}; is this the authors' classifier?")
+        return arrays[name]
+
+    encoder, mlp = array("encoder.layers.0.weight"), array("mlps.0.layers.0.weight")
+    config = LrcSSMConfig(
+        block_type="paper",
+        num_channels=encoder.shape[1],
+        hidden_size=encoder.shape[0],
+        state_size=array("cells.0.weight_mu").shape[0],
+        intermediate_size=mlp.shape[0],
+        num_hidden_layers=layers,
+        num_labels=array("classifier.layers.1.bias").shape[0],
+        elastance=elastance,
+    )
+    weights = {}
+    mlps = {"encoder": "model.encoder", "classifier": "score"}
+    for layer in range(layers):
+        mlps[f"mlps.{layer}"] = f"model.layers.{layer}.mlp"
+        cell, neurons = f"cells.{layer}.", f"model.layers.{layer}.neurons."
+        currents = [array(cell + "weight_sensory_w"), array(cell + "weight_sensory_h")]
+        weights[neurons + "currents.weight"] = torch.cat(currents)
+        for ours, theirs in (SENSORY | STATE).items():
+            # Their cells have a shift whatever the elastance.
+            if ours != "elastance_shift" or elastance == "symmetric":
+                weights[neurons + ours] = array(cell + theirs)
+    for theirs, ours in mlps.items():
+        for their_layer, our_layer in ((0, 0), (1, 2)):
+            for name in ("weight", "bias"):
+                weights[f"{ours}.{our_layer}.{name}"] = array(f"{theirs}.layers.{their_layer}.{name}")
+    model = LrcSSMForSequenceClassification(config).to(encoder.dtype).eval()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"The weights do not fit together: {error}") from error
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", metavar="IN.npz")
+    parser.add_argument("output_dir", metavar="OUT_DIR", type=Path)
+    parser.add_argument(
+        "--elastance", default="asymmetric", choices=["asymmetric", "symmetric"], help="That of the cells (asymmetric)."
+    )
+    args = parser.parse_args(arguments)
+    try:
+        model = convert(read(args.weights), args.elastance)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.output_dir) as partial:
+            model.save_pretrained(partial)
+            for path in Path(partial).iterdir():
+                os.replace(path, args.output_dir / path.name)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{model.num_parameters():,} parameters in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
