@@ -329,8 +329,8 @@ def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: b
 
 @torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    backend = _fastest_backend(initial_state)
-    if backend != "torch":
+    backend = _fastest_backend(initial_state.real)
+    if backend != "torch" and (_kernels(backend).scans_complex or not initial_state.is_complex()):
         return _kernels(backend).prefix_scan(decay, inputs, initial_state, reverse)
     dtype = initial_state.dtype
     return _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
@@ -350,21 +350,31 @@ def _prefix_scan_setup(ctx, inputs, output):
 def _prefix_scan_backward(ctx, grad_states):
     """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1}."""
     decay, initial_state, states = ctx.saved_tensors
-    decay = decay.to(states.dtype)
-    decay = decay.conj() if decay.is_complex() else decay
+    decay = _conjugate(decay.to(states.dtype))
     zeros = torch.zeros_like(initial_state)
     if ctx.reverse:
-        previous = torch.cat([states[:, 1:], initial_state.unsqueeze(1)], dim=1)
-        following = torch.cat([zeros.unsqueeze(1), decay[:, :-1]], dim=1)
-        last = -1
+        previous, last = torch.cat([states[:, 1:], initial_state.unsqueeze(1)], dim=1), -1
     else:
-        previous = _shift(states, initial_state)
+        previous, last = _shift(states, initial_state), 0
+    if decay.stride(1) == 0:
+        # One decay for all steps stays one: the step that has none after it multiplies a zero adjoint.
+        following = decay
+    elif ctx.reverse:
+        following = torch.cat([zeros.unsqueeze(1), decay[:, :-1]], dim=1)
+    else:
         following = torch.cat([decay[:, 1:], zeros.unsqueeze(1)], dim=1)
-        last = 0
     adjoint = _prefix_scan_op(following, grad_states.contiguous(), zeros, not ctx.reverse)
-    previous = previous.conj() if previous.is_complex() else previous
     decay_dtype, inputs_dtype = ctx.dtypes
-    return (adjoint * previous).to(decay_dtype), adjoint.to(inputs_dtype), decay[:, last] * adjoint[:, last], None
+    grad_decay = (adjoint * _conjugate(previous)).to(decay_dtype)
+    return grad_decay, adjoint.to(inputs_dtype), decay[:, last] * adjoint[:, last], None
+
+
+def _conjugate(tensor: Tensor) -> Tensor:
+    """The complex conjugate, written out; what an expanded tensor repeats is written once and stays repeated."""
+    if not tensor.is_complex():
+        return tensor
+    once = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+    return once.conj().resolve_conj().expand_as(tensor)
 
 
 _prefix_scan_op.register_autograd(_prefix_scan_backward, setup_context=_prefix_scan_setup)
@@ -394,6 +404,8 @@ def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = No
         initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
     if inputs.shape[1] == 0:
         return inputs.to(dtype)
+    if dtype.is_complex:
+        decay, inputs = decay.to(dtype), inputs.to(dtype)
     return _prefix_scan_op(decay, inputs, initial_state.to(dtype), reverse)
 
 
@@ -662,12 +674,16 @@ def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class Kernels(NamedTuple):
-    """A backend's implementation of the operators above, for the tensors that it serves."""
+    """A backend's implementation of the operators above, for the tensors that it serves.
+
+    With `scans_complex`, `prefix_scan` is also for complex tensors whose real parts it serves.
+    """
 
     lrc_scan: Callable
     lrc_scan_backward: Callable
     prefix_scan: Callable
     serves: Callable[[Tensor], bool]
+    scans_complex: bool = False
 
 
 # What was imported, by backend. Not functools.cache: torch.compile would warn of it.

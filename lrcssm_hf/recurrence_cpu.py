@@ -5,6 +5,7 @@ One sweep over time with the states of a block of channels in cache moves each o
 the loop over channels into vector instructions, for which the exponential is written out below. Work is split over
 batch and channel blocks. Threads come from Python's own pool (the kernels release the GIL), as many as torch may use,
 so nothing spins beside torch's threads between calls. Machine code is cached on disk after the first call.
+`prefix_scan` is compiled for complex64 too.
 
 Importing this module needs numba; `recurrence.py` falls back to PyTorch without it.
 """
@@ -348,23 +349,37 @@ def _lrc_backward(
 
 
 @_kernel
-def _linear_scan(decay, inputs, initial, states, reverse, blocks, width, start, stop):
-    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; arguments as in `_lrc_forward`."""
+def _linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, start, stop):
+    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; arguments as in `_lrc_forward`.
+
+    `pairs` None (or True) makes two compilations: real channels, or complex ones, of which a row holds the real and the
+    imaginary parts in turn. The states in hand have them in two rows of one scratch buffer.
+    """
     (a, a_b, a_t), (u, u_b, u_t) = decay, inputs
-    steps, size = states.shape[1], states.shape[2]
-    state = np.empty(width, np.float32)
+    parts = 1 if pairs is None else 2
+    steps, size = states.shape[1], states.shape[2] // parts
+    s = np.empty(parts * _WIDTH, np.float32)
     for item in range(start, stop):
         b, first, count, _ = _block(item, blocks, width, size)
-        for j in range(count):
-            state[j] = initial[b, first + j]
+        first, floats = parts * first, parts * count
+        for j in range(floats):
+            s[j % parts * _WIDTH + j // parts] = initial[b, first + j]
         for k in range(steps):
             t = steps - 1 - k if reverse else k
-            a_row = a[b * a_b + t * a_t + first :][:count]
-            u_row = u[b * u_b + t * u_t + first :][:count]
-            row = states[b, t, first : first + count]
-            for j in range(count):
-                state[j] = _widen(a_row[j]) * state[j] + _widen(u_row[j])
-                row[j] = state[j]
+            a_row = a[b * a_b + t * a_t + first :][:floats]
+            u_row = u[b * u_b + t * u_t + first :][:floats]
+            row = states[b, t, first : first + floats]
+            if pairs is None:
+                for j in range(count):
+                    s[j] = _widen(a_row[j]) * s[j] + _widen(u_row[j])
+                    row[j] = s[j]
+            else:
+                for j in range(count):
+                    re, im, a_re, a_im = s[j], s[_WIDTH + j], a_row[2 * j], a_row[2 * j + 1]
+                    s[j] = a_re * re - a_im * im + u_row[2 * j]
+                    s[_WIDTH + j] = a_re * im + a_im * re + u_row[2 * j + 1]
+                    row[2 * j] = s[j]
+                    row[2 * j + 1] = s[_WIDTH + j]
 
 
 # --- Tensors in, tensors out ----------------------------------------------------------------------------------------
@@ -499,15 +514,23 @@ def lrc_scan_backward_cpu(
     )
 
 
+def _pairs(tensor: Tensor) -> Tensor:
+    """A complex (..., D) tensor as a real one (..., 2 D), real and imaginary parts in turn; a view where it can be."""
+    return torch.view_as_real(tensor.detach().resolve_conj()).flatten(-2)
+
+
 def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    """The states (B, T, D) of the linear recurrence; arguments as in `recurrence.prefix_scan`."""
+    """The states (B, T, D) of the linear recurrence, real or complex; arguments as in `recurrence.prefix_scan`."""
     batch, steps, size = inputs.shape
-    states = _empty(batch, steps, size)
+    pairs = True if initial_state.is_complex() else None
+    if pairs:
+        decay, inputs, initial_state = _pairs(decay), _pairs(inputs), _pairs(initial_state)
+    states = _empty(batch, steps, inputs.shape[2])
     blocks, width = _partition(batch, size)
     initial = initial_state.detach().contiguous().numpy()
-    arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), reverse)
+    arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), pairs, reverse)
     _run(_linear_scan, arguments, batch, steps, size, blocks, width)
-    return states
+    return torch.view_as_complex(states.unflatten(2, (size, 2))) if pairs else states
 
 
-KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)
+KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu, scans_complex=True)

@@ -481,9 +481,9 @@ def scan_definition(decay, inputs, initial_state=None, reverse=False):
     return torch.stack(states, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 9, 1100)], ids=str)
 def test_prefix_scan(shape, reverse, dtype):
     torch.manual_seed(0)
     wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -497,16 +497,80 @@ def test_prefix_scan(shape, reverse, dtype):
     states = prefix_scan(*[argument.to(dtype) for argument in arguments], reverse=reverse)
     assert states.dtype == dtype
     gradients = torch.autograd.grad(states, arguments, cotangent.to(dtype))
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    tolerance = 1e-4 if dtype in (torch.float32, torch.complex64) else 1e-10
     assert relative_error(states, expected) < tolerance
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert relative_error(gradient, expected_gradient) < tolerance
 
 
-def test_prefix_scan_second_derivatives():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_prefix_scan_of_one_decay_for_all_steps_never_writes_it_out(reverse, dtype, monkeypatch):
+    """Forward and backward read an expanded decay where it is: what reaches the backend is no larger."""
     torch.manual_seed(0)
-    arguments = [torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    initial_state = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    decay = torch.randn(5, dtype=dtype).mul(0.5).requires_grad_()
+    inputs = torch.randn(3, 40, 5, dtype=dtype, requires_grad=True)
+    repeated, wide = decay.expand(3, 40, 5), torch.promote_types(dtype, torch.float64)
+    expected = scan_definition(repeated.to(wide), inputs.to(wide), None, reverse)
+    cotangent = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, (decay, inputs), cotangent)
+
+    strides, backend = [], recurrence._kernels("cpu")
+    if backend is not None and dtype != torch.complex128:
+
+        def scan(decay, *arguments):
+            strides.append(decay.stride())
+            return backend.prefix_scan(decay, *arguments)
+
+        monkeypatch.setitem(recurrence._loaded, "cpu", backend._replace(prefix_scan=scan))
+    states = prefix_scan(repeated, inputs, reverse=reverse)
+    gradients = torch.autograd.grad(states, (decay, inputs), cotangent.to(dtype))
+    assert all(stride == (0, 0, 1) for stride in strides)
+    assert len(strides) in (0, 2)
+    tolerance = 1e-10 if dtype == torch.complex128 else 1e-4
+    assert relative_error(states, expected) < tolerance
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        assert relative_error(gradient, expected_gradient) < tolerance
+
+
+@pytest.mark.filterwarnings("error")
+def test_prefix_scan_reads_complex_numbers_however_they_lie():
+    """Strided, lazily conjugated, or real beside complex ones: values and gradients of the contiguous complex64."""
+    torch.manual_seed(0)
+    decay, inputs = torch.randn(2, 3, 40, 6, dtype=torch.complex64).mul(0.3)
+    initial_state = torch.randn(6, 3, dtype=torch.complex64)
+
+    def outputs(decay, inputs, initial_state):
+        arguments = [argument.detach().requires_grad_() for argument in (decay, inputs, initial_state)]
+        states = prefix_scan(*arguments)
+        return states, *torch.autograd.grad(states.abs().square().sum(), arguments)
+
+    expected = outputs(decay, inputs, initial_state.t().contiguous())
+    lazily = (decay.conj().resolve_conj().conj(), inputs.conj().resolve_conj().conj(), initial_state.t())
+    strided = (decay.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([inputs, inputs], -1)[..., :6])
+    for arguments in (lazily, (*strided, initial_state.t())):
+        for value, expected_value in zip(outputs(*arguments), expected):
+            assert torch.allclose(value, expected_value)
+    real = outputs(decay.real, inputs, initial_state.t())
+    states, gradient, *_ = outputs(torch.complex(decay.real, torch.zeros(())), inputs, initial_state.t())
+    assert torch.equal(real[0], states)
+    assert real[1].dtype == torch.float32 and torch.allclose(real[1], gradient.real)
+
+
+@needs_numba
+def test_complex_lrc_scan_stays_in_pytorch():
+    parameters = LrcParameters(*torch.randn(8, 3, dtype=torch.complex64))
+    inputs = torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match="float32.*complex64"):
+        lrc_scan(inputs, inputs, parameters, backend="cpu")
+    assert lrc_scan(inputs, inputs, parameters)[0].dtype == torch.complex64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_prefix_scan_second_derivatives(dtype):
+    torch.manual_seed(0)
+    arguments = [torch.randn(2, 6, 3, dtype=dtype, requires_grad=True) for _ in range(2)]
+    initial_state = torch.randn(2, 3, dtype=dtype, requires_grad=True)
     for reverse in (False, True):
         function = functools.partial(prefix_scan, reverse=reverse)
         assert torch.autograd.gradcheck(function, (*arguments, initial_state))
