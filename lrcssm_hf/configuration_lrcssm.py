@@ -13,6 +13,7 @@ _CHOICES = {
     "sensory_activation": ("none", "sigmoid"),
     "elastance": ("asymmetric", "symmetric"),
     "state_dependence": ("full", "input"),
+    "initialization": ("default", "state_tracking"),
     "pooling": ("mean", "last", "attention"),
     "scaling": (None, "std"),
     "solver": SOLVERS,
@@ -63,6 +64,9 @@ class LrcSSMConfig(PreTrainedConfig):
             state on one input and change it on another; by default only in the gated block.
         state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
             elastance: the recurrence is then linear with every Jacobian in (0, 1).
+        initialization (`"default"` or `"state_tracking"`, defaults to `"default"`): `"state_tracking"` starts every
+            neuron as a counter with a period of its own, which learns to count modulo a number or to follow the states of
+            an automaton at lengths far beyond those trained on, where neurons that start as integrators do not.
         time_constant_min, time_constant_max (`float`, defaults to 2.5 and 16): range, in steps, in which the gated
             block's time constants are initialised, log-uniformly. Above 2, the fastest the cell can forget.
         conv_kernel (`int`, defaults to 4): taps of the gated block's causal convolution.
@@ -118,6 +122,7 @@ class LrcSSMConfig(PreTrainedConfig):
     elastance: str = "asymmetric"
     elastance_input: bool | None = None
     state_dependence: str = "full"
+    initialization: str = "default"
     time_constant_min: float | int = 2.5
     time_constant_max: float | int = 16.0
     conv_kernel: int = 4
@@ -192,6 +197,13 @@ class LrcSSMConfig(PreTrainedConfig):
         for name, unused in _FOR_SERIES.items():
             if self.num_channels is None and getattr(self, name) != unused:
                 raise ValueError(f"`{name}` is for series; set `num_channels` too, or leave it out.")
+        if self.initialization == "state_tracking":
+            needed = {"elastance": "asymmetric", "elastance_input": True, "state_dependence": "full"}
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`initialization` 'state_tracking' needs `{name}`={value!r}, got {getattr(self, name)!r}."
+                    )
         levels = self.quantiles
         if levels is not None and not (levels == sorted(set(levels)) and levels and 0 < levels[0] <= levels[-1] < 1):
             raise ValueError(f"`quantiles` must be ascending levels in (0, 1), got {levels}.")

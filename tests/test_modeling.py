@@ -443,6 +443,24 @@ def test_time_constants_are_initialised_in_the_configured_range(ids):
         assert 15 < constants.median() < 27  # the geometric mean of the range is 20
 
 
+@torch.no_grad()
+def test_state_tracking_neurons_count(ids):
+    """Left alone, each goes round through as many states as its threshold says, and does not tire."""
+    torch.manual_seed(0)
+    config = make_config(initialization="state_tracking", state_size=200)
+    neurons = LrcSSMModel(config).layers[0].mixer.neurons
+    states, _ = neurons(torch.zeros(1, 5000, 200), None, None, None)
+    states, periods = states[0, -200:], (neurons.activation_shift + 2.5).long()
+    assert periods.unique().tolist() == [2, 3, 4, 5, 6]
+    returns = [(states[period:, k] - states[:-period, k]).abs().max() < 1e-3 for k, period in enumerate(periods)]
+    assert sum(returns) > 150
+    moves = states.diff(dim=0).abs().max(0).values
+    assert moves.min() > 0.5
+    # With the default start they come to rest.
+    resting, _ = make_model(LrcSSMModel).layers[0].mixer.neurons(torch.zeros(1, 5000, 32), None, None, None)
+    assert resting[0, -200:].diff(dim=0).abs().max() < 1e-3
+
+
 # --- The other heads ------------------------------------------------------------------------------------------------
 
 
@@ -527,6 +545,9 @@ def test_the_gated_model_learns(ids):
         {"hidden_act": "wobbly"},
         {"norm_eps": 0.0},
         {"initializer_range": -1.0},
+        {"initialization": "random"},
+        {"initialization": "state_tracking", "elastance": "symmetric"},
+        {"initialization": "state_tracking", "state_dependence": "input"},
     ],
     ids=str,
 )
