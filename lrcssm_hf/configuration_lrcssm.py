@@ -65,8 +65,8 @@ class LrcSSMConfig(PreTrainedConfig):
         state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
             elastance: the recurrence is then linear with every Jacobian in (0, 1).
         initialization (`"default"` or `"state_tracking"`, defaults to `"default"`): `"state_tracking"` starts every
-            neuron as a counter with a period of its own, which learns to count modulo a number or to follow the states of
-            an automaton at lengths far beyond those trained on, where neurons that start as integrators do not.
+            neuron as a counter with a period of its own. These learn to count modulo a number and to follow an
+            automaton's state far beyond the lengths they were trained at; neurons that start as integrators do not.
         time_constant_min, time_constant_max (`float`, defaults to 2.5 and 16): range, in steps, in which the gated
             block's time constants are initialised, log-uniformly. Above 2, the fastest the cell can forget.
         conv_kernel (`int`, defaults to 4): taps of the gated block's causal convolution.

@@ -125,8 +125,9 @@ def make_folder(name: str) -> Path:
     return folder
 
 
-def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrainedConfig:
-    values = {**SMALL_MODEL} if model_type == "lrcssm" else {}
+def parse_overrides(model_type: str, overrides: str | None) -> dict:
+    """The values of "hidden_size=256,num_hidden_layers=6", all of which this type of model must know."""
+    values = {}
     for item in filter(None, (overrides or "").split(",")):
         name, separator, text = item.partition("=")
         if not separator:
@@ -139,16 +140,27 @@ def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrained
     for name in values:
         if not hasattr(known, name):
             raise ValueError(f"--config_overrides: a {model_type} configuration has no {name!r}.")
+    return values
+
+
+def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrainedConfig:
+    values = {**SMALL_MODEL} if model_type == "lrcssm" else {}
+    values |= parse_overrides(model_type, overrides)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **tokens, **values})
 
 
 def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; the neurons' parameters, biases and norms are vectors and do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW; the neurons' parameters, biases and norms are vectors and do not decay, nor do Mamba's rates, as its
+    authors train it."""
+    decaying, constant = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and not name.endswith("A_log")
+            (decaying if decays else constant).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": constant, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
@@ -396,7 +408,6 @@ class Training:
             launch += ["--cpu"] if accelerator.device.type == "cpu" else []
         if accelerator.mixed_precision != "no":
             launch += ["--mixed_precision", accelerator.mixed_precision]
-        is_gpu = accelerator.device.type == "cuda"
         if uses_default_data(args):
             source = f"the standard library of Python {platform.python_version()}"
         elif args.dataset_name is not None:
@@ -417,19 +428,27 @@ class Training:
             "steps": self.step,
             "tokens_per_step": self.tokens_per_step,
             "seconds": round(self.seconds, 1),
-            "hardware": {
-                "device": torch.cuda.get_device_name() if is_gpu else accelerator.device.type.upper(),
-                "processes": accelerator.num_processes,
-                "threads": torch.get_num_threads(),
-                "precision": accelerator.mixed_precision,
-            },
-            "versions": {
-                "lrcssm_hf": lrcssm_hf.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "Python": platform.python_version(),
-            },
+            **describe_environment(accelerator),
         }
+
+
+def describe_environment(accelerator: Accelerator) -> dict:
+    """What a run was computed with: its `hardware` and the `versions` of the libraries."""
+    is_gpu = accelerator.device.type == "cuda"
+    return {
+        "hardware": {
+            "device": torch.cuda.get_device_name() if is_gpu else accelerator.device.type.upper(),
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "precision": accelerator.mixed_precision,
+        },
+        "versions": {
+            "lrcssm_hf": lrcssm_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "Python": platform.python_version(),
+        },
+    }
 
 
 def uses_default_data(args: argparse.Namespace) -> bool:
@@ -443,10 +462,12 @@ def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> boo
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores."""
+    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores. Without
+    it, OMP_NUM_THREADS is the user's word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.get_num_threads() == 1 and threads > 1:
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "OMP_NUM_THREADS" not in os.environ
+    if torch.get_num_threads() == 1 and threads > 1 and is_launched:
         torch.set_num_threads(threads)
 
 
