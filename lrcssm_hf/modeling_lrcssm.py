@@ -905,7 +905,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
     With `config.prediction_length`, `logits` are forecasts of the `prediction_length` values that follow each token (a
     step, or a patch of steps), (batch_size, tokens, prediction_length, num_channels) and with `config.quantiles` a last
     dimension for them. A forecast is the channel's last observed value plus what the model adds to it. With
-    `config.scaling`, whose statistics know the whole series, there are forecasts after the last token only.
+    `config.scaling`, whose statistics know the whole series, there are forecasts after the last token only, and in
+    training after each of the second half.
 
     Example:
 

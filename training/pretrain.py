@@ -462,8 +462,8 @@ def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> boo
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores. Without
-    it, OMP_NUM_THREADS is the user's word."""
+    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores.
+    Without it, OMP_NUM_THREADS is the user's word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "OMP_NUM_THREADS" not in os.environ
