@@ -1,0 +1,118 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""The training loop of the time series scripts: epochs with early stopping on a validation score."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from pretrain import make_optimizer
+
+
+# Higher is better; the further numbers of a tuple decide between equal first ones.
+Score = float | tuple[float, ...]
+
+
+class FitResult(NamedTuple):
+    """Epochs count from 1; `history` has for each its `epoch`, `train_loss` and `score`; `seconds_per_epoch` is the
+    median of the training passes, without validation."""
+
+    best_epoch: int
+    best_score: Score
+    history: list[dict]
+    seconds_per_epoch: float
+
+
+def fit(
+    model: torch.nn.Module,
+    loaders: dict[str, DataLoader],
+    accelerator: Accelerator,
+    *,
+    learning_rate: float,
+    epochs: int,
+    patience: int,
+    score: Callable[[torch.nn.Module, DataLoader], Score],
+    seed: int,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    lr_scheduler_type: str = "cosine",
+    description: str = "Training",
+) -> FitResult:
+    """Trains with AdamW on `loaders["train"]`, whose batches are the arguments of a model that returns a `loss`; the
+    learning rate follows transformers' schedule of that name over the epochs.
+
+    After every epoch `score(model, loaders["validation"])` is taken, without gradients; when it has not improved for
+    `patience` epochs, or the loss is no longer finite, training ends. The model then has the weights of the best epoch
+    and is in evaluation mode. Model and loaders need not be prepared; `score` receives them prepared.
+
+    Raises:
+        ValueError: the loss is not finite in the first epoch.
+    """
+    set_seed(seed)
+    optimizer = make_optimizer(model, learning_rate, weight_decay)
+    trained, optimizer, train, validation = accelerator.prepare(
+        model, optimizer, loaders["train"], loaders["validation"]
+    )
+    schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=epochs)
+    best_epoch, best_score, best_weights, history, seconds = 0, None, None, [], []
+    bar = tqdm(range(1, epochs + 1), desc=description, disable=not accelerator.is_main_process, leave=False)
+    for epoch in bar:
+        start = time.perf_counter()
+        loss = _train_epoch(trained, optimizer, train, accelerator, max_grad_norm)
+        seconds.append(time.perf_counter() - start)
+        schedule.step()
+        if not math.isfinite(loss):
+            break
+        trained.eval()
+        with torch.no_grad():
+            value = score(trained, validation)
+        history.append({"epoch": epoch, "train_loss": loss, "score": value})
+        if best_score is None or value > best_score:
+            best_epoch, best_score, best_weights = epoch, value, copy.deepcopy(model.state_dict())
+        shown = value[0] if isinstance(value, tuple) else value
+        bar.set_postfix(loss=f"{loss:.4f}", score=f"{shown:.4f}", best_epoch=best_epoch)
+        if epoch - best_epoch >= patience:
+            break
+    bar.close()
+    accelerator.free_memory()
+    if best_weights is None:
+        raise ValueError(f"The loss is {loss} in the first epoch; lower --learning_rate ({learning_rate}).")
+    model.load_state_dict(best_weights)
+    model.eval()
+    return FitResult(best_epoch, best_score, history, statistics.median(seconds))
+
+
+def _train_epoch(model, optimizer, loader: DataLoader, accelerator: Accelerator, max_grad_norm: float) -> float:
+    """One pass over the training data; returns the mean loss of its batches."""
+    model.train()
+    sums = torch.zeros(2, device=accelerator.device)  # of the losses, and their number
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
+    total, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return total / count
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
