@@ -238,6 +238,7 @@ class LrcSSMLayerCache(NamedTuple):
         return conv_state, recurrent_state
 
     def write(self, conv_state: Tensor, recurrent_state: Tensor) -> None:
+        """Replaces what the layer holds."""
         # Given as many steps as it keeps, the cache replaces its own; without a convolution these are none.
         self.cache.update_conv_state(conv_state, self.layer_idx)
         self.cache.update_recurrent_state(recurrent_state, self.layer_idx)

@@ -12,7 +12,7 @@ import torch
 
 import lrcssm_hf
 import pretrain
-from lrcssm_hf import configuration_lrcssm, modeling_lrcssm, recurrence, saved_states
+from lrcssm_hf import configuration_lrcssm, forecasting, modeling_lrcssm, recurrence, saved_states, series, steps
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def test_the_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-MODULES = [configuration_lrcssm, modeling_lrcssm, recurrence, saved_states]
+MODULES = [configuration_lrcssm, forecasting, modeling_lrcssm, recurrence, saved_states, series, steps]
 
 
 @pytest.mark.parametrize("module", [configuration_lrcssm, modeling_lrcssm], ids=lambda module: module.__name__)
