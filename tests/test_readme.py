@@ -35,8 +35,11 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert "LrcScanInfo(solver='newton'" in capsys.readouterr().out
 
 
-def test_the_table_is_what_the_comparison_wrote():
-    assert (ROOT / "scripts" / "results" / "block_comparison.md").read_text(encoding="utf-8").strip() in README
+@pytest.mark.parametrize("name", ["block_comparison", "rival_comparison", "series_forecasting"])
+def test_the_tables_are_what_the_comparisons_wrote(name):
+    written = (ROOT / "scripts" / "results" / f"{name}.md").read_text(encoding="utf-8")
+    # Of the forecasts, the first of the tables.
+    assert written.split("\nMean absolute error")[0].strip() in README
 
 
 def test_the_figure_of_the_model_in_this_repository_is_what_its_training_wrote():
