@@ -31,12 +31,9 @@ class ForecastingMixin:
         config = self.config
         batch, length, channels = values.shape
         ends = steps.ends(config.patch_length, length, values.device).expand(batch, -1)
-        first = -logits_to_keep
-        if config.scaling is not None:
-            # The statistics of a scaled series know what follows all tokens but the last. In training, those of the
-            # second half know little of it, and there is more to learn from.
-            first = hidden_states.shape[1] // 2 if self.training else -1
-        kept = slice(first, None)
+        # Statistics of a scaled series and a layer that reads from the end know what follows all tokens but the last.
+        knows_future = config.scaling is not None or config.bidirectional
+        kept = slice(-1 if knows_future else -logits_to_keep, None)
         hidden_states, ends = hidden_states[:, kept], ends[:, kept]
         if config.scaling is None:
             mean, deviation = values.new_zeros(batch, 1, channels), values.new_ones(batch, 1, channels)

@@ -906,8 +906,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
     With `config.prediction_length`, `logits` are forecasts of the `prediction_length` values that follow each token (a
     step, or a patch of steps), (batch_size, tokens, prediction_length, num_channels) and with `config.quantiles` a last
     dimension for them. A forecast is the channel's last observed value plus what the model adds to it. With
-    `config.scaling`, whose statistics know the whole series, there are forecasts after the last token only, and in
-    training after each of the second half.
+    `config.scaling`, whose statistics know the whole series, and with `config.bidirectional` there are forecasts after
+    the last token only.
 
     Example:
 
@@ -960,7 +960,7 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
                 Nothing is shifted.
             future_values (`torch.Tensor` of shape `(batch_size, prediction_length, num_channels)`): what follows
                 `input_values`. The loss is the mean squared error, or with `config.quantiles` the pinball loss, of the
-                forecasts from every token, those whose targets lie in `input_values` too.
+                forecasts in `logits`, of which all but the last have targets in `input_values` too.
             future_observed_mask (`torch.Tensor` of the shape of `future_values`): 0 where a value is missing.
             logits_to_keep (`int`): forecast from the last so many tokens only (0: from all).
 

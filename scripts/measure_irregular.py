@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -24,14 +25,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from classify_series import PAPER_SEEDS, accuracy, predict
-from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
-from pretrain import describe_environment
-from series_data import channel_statistics, check, collate, load_archive, make_rows, split
-from series_training import fit, write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from classify_series import PAPER_SEEDS, accuracy, predict  # noqa: E402
+from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification  # noqa: E402
+from pretrain import describe_environment  # noqa: E402
+from series_data import channel_statistics, check, collate, load_archive, make_rows, split  # noqa: E402
+from series_training import fit, write_whole  # noqa: E402
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "scripts" / "results"
 DATA_SETS = ("BasicMotions", "GunPoint", "OSULeaf")
 SEEDS = PAPER_SEEDS[:3]
 SHARES_KEPT = (0.75, 0.5, 0.25)
