@@ -69,7 +69,8 @@ class LrcSSMNeurons(nn.Module):
             init.uniform_(self.sensory_scale, -bound, bound)
             init.uniform_(self.sensory_shift, -bound, bound)
         if config.initialization == "state_tracking":
-            return self._init_counters()
+            self._init_counters()
+            return
         if not self.gated:
             for name, parameter in self.named_parameters(recurse=False):
                 if not name.startswith("sensory"):

@@ -123,33 +123,11 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(folder, 
 
 
 def test_an_interrupted_run_is_made_again_and_is_the_same(folder, data_file, tmp_path):
-    main(
-        [
-            *SMALL,
-            "--data_file",
-            data_file,
-            "--output_dir",
-            str(tmp_path),
-            "--config_overrides",
-            TINY,
-            "--learning_rate",
-            "1e-2",
-        ]
-    )
+    arguments = [*SMALL, "--data_file", data_file, "--output_dir", str(tmp_path), "--learning_rate", "1e-2"]
+    arguments += ["--config_overrides", TINY]
+    main(arguments)
     (tmp_path / "waves-8-lrcssm-0.01-0" / "run.json").unlink()
-    main(
-        [
-            *SMALL,
-            "--data_file",
-            data_file,
-            "--output_dir",
-            str(tmp_path),
-            "--config_overrides",
-            TINY,
-            "--learning_rate",
-            "1e-2",
-        ]
-    )
+    main(arguments)
     again, first = (read_run(path / "waves-8-lrcssm-0.01-0") for path in (tmp_path, folder))
     assert again["test"] == first["test"] and again["history"] == first["history"]
 

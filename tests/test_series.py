@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from lrcssm_hf import LrcSSMForSequenceClassification, LrcSSMForSequenceModeling, LrcSSMModel
+from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling, LrcSSMModel
+from lrcssm_hf.steps import LrcSSMSteps
 from tiny_models import make_config, make_model
 
 
@@ -127,18 +128,12 @@ def test_every_second_layer_reads_from_the_end():
     assert torch.allclose(first, plain.hidden_states[1], atol=1e-6)
     # Read from its end, step 16 comes first and the time between it and step 15 follows.
     backwards = torch.cat([deltas[:, :1], deltas.flip(1)[:, :-1]], 1)
-    layer = forwards.layers[1](first.flip(1), steps_of(backwards)).flip(1)
+    layer = forwards.layers[1](first.flip(1), LrcSSMSteps.of(None, backwards)).flip(1)
     assert torch.allclose(second, forwards.norm(layer), atol=1e-5)
     # The first step knows of the last.
     changed = series.clone()
     changed[:, -1] += 1
     assert (model(input_values=changed)[0] - model(input_values=series)[0])[:, 0].abs().min() > 0
-
-
-def steps_of(time_deltas):
-    from lrcssm_hf.steps import LrcSSMSteps
-
-    return LrcSSMSteps.of(None, time_deltas)
 
 
 @torch.no_grad()
@@ -374,7 +369,5 @@ def test_bad_configurations_are_refused_by_name(change):
 
 
 def test_a_language_model_reads_one_way():
-    from lrcssm_hf import LrcSSMForCausalLM
-
     with pytest.raises(ValueError, match="bidirectional"):
         LrcSSMForCausalLM(make_config(bidirectional=True))

@@ -17,11 +17,9 @@ import copy
 import hashlib
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -39,8 +37,8 @@ from transformers.utils import ModelOutput
 
 from cpu_processes import start_missing_processes
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling
-from lrcssm_hf.series import series_statistics
-from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
+from lrcssm_hf.series import observed_values, series_statistics
+from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores, whole_files
 from series_data import SeriesData, add_series_arguments, channel_statistics, collate, load_series, make_rows, split
 from series_rivals import MIXERS, build
 from series_training import fit, write_whole
@@ -197,9 +195,8 @@ class MaskedSpans(nn.Module):
         time_deltas: Tensor | None = None,
     ) -> ModelOutput:
         """The arguments of the classifier, whose labels are not looked at."""
-        observed = torch.ones_like(input_values, dtype=torch.bool) if observed_mask is None else observed_mask
-        if attention_mask is not None:
-            observed = observed & attention_mask.bool().unsqueeze(-1)
+        mask = None if attention_mask is None else attention_mask.bool()
+        observed = observed_values(input_values, mask, observed_mask)
         hidden = self.hide(*input_values.shape[:2], input_values.device).unsqueeze(-1)
         visible, target = observed & ~hidden, observed & hidden
         predicted = self.model(
@@ -366,14 +363,6 @@ def check_minirocket(data: SeriesData) -> None:
         raise ValueError(f"--model minirocket needs series of {MINIROCKET_STEPS} steps, got {data.lengths[1]}.")
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """The model folder's files, each moved into place when all of them are written."""
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        model.save_pretrained(partial)
-        for path in Path(partial).iterdir():
-            os.replace(path, folder / path.name)
-
-
 def classify(args: argparse.Namespace, accelerator: Accelerator, command: str) -> list[dict]:
     """Trains the seeds that are not there yet, and returns the records of all of them.
 
@@ -420,7 +409,8 @@ def classify(args: argparse.Namespace, accelerator: Accelerator, command: str) -
         if accelerator.is_main_process:
             if args.model in SAVED_MODELS and all(is_better(run, other) for other in runs.values()):
                 model.config.channel_mean, model.config.channel_deviation = mean.tolist(), deviation.tolist()
-                save_model(model, folder)
+                with whole_files(folder) as partial:
+                    model.save_pretrained(partial)
             write_whole(folder / f"seed-{seed}.json", json.dumps(run, indent=1) + "\n")
         runs[seed] = run
     return [runs[seed] for seed in args.seeds]

@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,16 +178,23 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved into this one when all of them are written."""
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        yield Path(partial)
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
+
+
 def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> None:
     """The model folder's files, each moved into place when all of them are written."""
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
+        with whole_files(folder) as partial:
             accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state_dict)
             tokenizer.save_pretrained(partial)
-            (Path(partial) / "training.json").write_text(json.dumps(description, indent=2) + "\n")
-            for path in Path(partial).iterdir():
-                os.replace(path, folder / path.name)
+            (partial / "training.json").write_text(json.dumps(description, indent=2) + "\n")
     accelerator.wait_for_everyone()
 
 

@@ -18,7 +18,7 @@ parity; and a symbol that drives eps to 0 (the elastance input) is not counted.
 The thresholds of eps, z and f move with the symbol. So one neuron with falling eps can also exchange its two lowest
 levels and leave the others alone, which with the cycle generates all permutations of its levels: with five, a problem
 that is complete for NC1 (Barrington), and that no constant number of layers of a diagonal linear recurrence solves
-for all lengths unless TC0 = NC1 (arXiv 2404.08819). The tests build such a neuron by hand. What it cannot do is
+for all lengths unless TC0 = NC1 (arXiv 2404.08819). What it cannot do is
 exchange arbitrary pairs: with monotone eps, either all levels below a threshold hold, or all above it. Groups whose
 every element is a symbol are instead composed by layers, one for each step of a composition series with abelian
 factors: for S3 the first counts the sign modulo 2, the second modulo 3 in the direction that the sign gives.
