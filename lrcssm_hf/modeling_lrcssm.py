@@ -96,26 +96,26 @@ class LrcSSMNeurons(nn.Module):
             init.zeros_(self.elastance_weight)
 
     def _init_counters(self):
-        """Nearly every neuron counts its inputs modulo a period, from 2 to 6, and q_t says which inputs count.
+        """Every neuron counts its inputs modulo a period, from 2 to 4, and q_t says which inputs count.
 
-        With an elastance near 1, gates f and z that switch where the state crosses activation_shift, and a potential of
-        -1, the state climbs by 1 at every step below the threshold (sigmoid(f) = 0, -tanh(z) = 1), and the first step
+        With gates f and z that switch where the state crosses activation_shift, and a potential of -1, the state climbs
+        at every step below the threshold (sigmoid(f) = 0, -tanh(z) = 1), by 1 if the elastance is, and the first step
         above it wipes the state and puts it to -1 (sigmoid(f) = 1, -tanh(z) = -1): an attracting cycle, so that errors
         do not grow with the length of the sequence.
         """
         size = self.leak_potential.numel()
         init.constant_(self.leak_potential, -1.0)
         # Of the levels -1, 0, 1, ... the threshold lets a period have so many.
-        init.copy_(self.activation_shift, torch.randint(2, 7, (size,)) - 2.5)
-        init.uniform_(self.activation_scale, 4.0, 8.0)
-        init.uniform_(self.update_weight, 8.0, 16.0)
+        init.copy_(self.activation_shift, torch.randint(2, 5, (size,)) - 2.5)
+        init.uniform_(self.activation_scale, 4.0, 6.0)
+        init.uniform_(self.update_weight, 6.0, 10.0)
         init.copy_(self.forget_weight, self.update_weight)
         init.copy_(self.leak_conductance, -self.update_weight / 2)
         init.uniform_(self.elastance_weight, -0.5, 0.5)
-        init.constant_(self.elastance_bias, 2.0)
-        # What holds a state has to reach far below the elastance's bias.
+        init.zeros_(self.elastance_bias)
+        # Strong enough for an input to move the thresholds by a level, and the elastance close to 0 or 1.
         weights = [torch.empty_like(part) for part in self.currents.weight.chunk(3)]
-        for weight, gain in zip(weights, (1.0, 1.0, 8.0)):
+        for weight, gain in zip(weights, (2.0, 2.0, 3.0)):
             weight.normal_(std=gain * weight.shape[1] ** -0.5)
         init.copy_(self.currents.weight, torch.cat(weights))
 

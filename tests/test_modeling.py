@@ -444,18 +444,18 @@ def test_time_constants_are_initialised_in_the_configured_range(ids):
 
 
 @torch.no_grad()
-def test_state_tracking_neurons_count(ids):
-    """Left alone, each goes round through as many states as its threshold says, and does not tire."""
+def test_state_tracking_neurons_count():
+    """While the elastance is 1, each goes round through as many states as its threshold says, and does not tire."""
     torch.manual_seed(0)
     config = make_config(initialization="state_tracking", state_size=200)
     neurons = LrcSSMModel(config).layers[0].mixer.neurons
+    neurons.elastance_bias.fill_(5.0)
     states, _ = neurons(torch.zeros(1, 5000, 200), None, None, None)
     states, periods = states[0, -200:], (neurons.activation_shift + 2.5).long()
-    assert periods.unique().tolist() == [2, 3, 4, 5, 6]
-    returns = [(states[period:, k] - states[:-period, k]).abs().max() < 1e-3 for k, period in enumerate(periods)]
-    assert sum(returns) > 150
-    moves = states.diff(dim=0).abs().max(0).values
-    assert moves.min() > 0.5
+    assert periods.unique().tolist() == [2, 3, 4]
+    for k, period in enumerate(periods):
+        assert (states[period:, k] - states[:-period, k]).abs().max() < 1e-3
+        assert states[:, k].diff().abs().max() > 0.5
     # With the default start they come to rest.
     resting, _ = make_model(LrcSSMModel).layers[0].mixer.neurons(torch.zeros(1, 5000, 32), None, None, None)
     assert resting[0, -200:].diff(dim=0).abs().max() < 1e-3

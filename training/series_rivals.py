@@ -45,16 +45,17 @@ class RivalMixer(nn.Module):
 
 
 def elapsed_time(steps: LrcSSMSteps) -> Tensor | None:
-    """The time taken by each step, (B, T), or None where every real step takes 1.
+    """The time taken by each step, (B, T), or None where every real step after the first takes 1.
 
-    Padding, which no real step comes after, is given a time of 1 too: a batch that is merely padded is regular.
+    Padding, which no real step comes after, is given a time of 1 too: a batch that is merely padded is regular. So is
+    one whose series do not fill their first patch: nothing comes before it.
     """
     if steps.time_step is None:
         return None
     time = steps.time_step
     if steps.lengths is not None:
         time = time.masked_fill(torch.arange(time.shape[1], device=time.device) >= steps.lengths[:, None], 1)
-    return None if (time == 1).all() else time
+    return None if (time[:, 1:] == 1).all() else time
 
 
 # --- Linear recurrences ---------------------------------------------------------------------------------------------

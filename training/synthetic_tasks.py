@@ -47,7 +47,7 @@ from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from cpu_processes import start_missing_processes
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
@@ -191,31 +191,11 @@ ADDING_TOLERANCE = 0.04  # A sum that is this near is right.
 # --- Model ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def start_as_counters(model: PreTrainedModel) -> None:
-    """Makes every neuron integrate and fire, with periods of 2 to 4 steps."""
-    for neurons in (module for module in model.modules() if type(module).__name__ == "LrcSSMNeurons"):
-        size, scale = neurons.leak_potential.numel(), neurons.currents.in_features**-0.5
-        period = torch.randint(2, 5, (size,))
-        neurons.leak_potential.fill_(-1)
-        neurons.activation_shift.copy_(period - 2.5)
-        neurons.activation_scale.uniform_(4, 6)
-        neurons.update_weight.uniform_(6, 10)
-        neurons.forget_weight.copy_(neurons.update_weight)
-        neurons.leak_conductance.copy_(-neurons.update_weight / 2)
-        neurons.elastance_weight.uniform_(-0.5, 0.5)
-        neurons.elastance_bias.zero_()
-        forget, update, elastance = neurons.currents.weight.split(size)
-        forget.normal_(std=2 * scale)
-        update.normal_(std=2 * scale)
-        elastance.normal_(std=3 * scale)
-
-
 def make_config(task: Task, overrides: str | None) -> LrcSSMConfig:
     """Small, and one symbol a step: with a convolution, a neuron would count what it sees several times."""
     defaults = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "conv_kernel": 1}
-    values = {**defaults, "initializer_range": 0.125, **parse_overrides("lrcssm", overrides), **task.sizes}
-    return LrcSSMConfig(**values, use_cache=False)
+    defaults |= {"initializer_range": 0.125, "initialization": "state_tracking"}
+    return LrcSSMConfig(**{**defaults, **parse_overrides("lrcssm", overrides), **task.sizes}, use_cache=False)
 
 
 # --- Training and testing -------------------------------------------------------------------------------------------
@@ -281,8 +261,6 @@ def train(args: argparse.Namespace, config: LrcSSMConfig, seed: int, accelerator
     task, steps = TASKS[args.task], args.max_train_steps
     set_seed(seed)
     model = build(LrcSSMForSequenceModeling, config, args.model)
-    if args.model == "lrcssm" and args.initialization == "state_tracking":
-        start_as_counters(model)
     parameters = model.num_parameters()
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
     scheduler = get_scheduler(
@@ -405,14 +383,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="parity")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MIXERS, default="lrcssm", help="lrcssm, or a rival of its size.")
-    model.add_argument("--initialization", choices=("state_tracking", "default"), default="state_tracking")
-    model.add_argument("--config_overrides", help='"hidden_size=128,num_hidden_layers=1".')
+    model.add_argument("--config_overrides", help='"num_hidden_layers=1,initialization=default".')
     train = parser.add_argument_group("training")
     train.add_argument("--max_train_length", type=int, default=128)
     train.add_argument("--max_train_steps", type=int, default=1500)
     train.add_argument("--per_device_train_batch_size", type=int, default=32)
     train.add_argument("--learning_rate", type=float, default=4e-3)
-    train.add_argument("--weight_decay", type=float, default=0.01, help="Of matrices; vectors do not decay.")
+    train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
     train.add_argument("--max_grad_norm", type=float, default=1.0)
     train.add_argument("--eval_steps", type=int, default=250, help="Steps between points of the record's history.")
     train.add_argument("--seeds", type=int, nargs="+", default=[0], help="Each is a run (default 0).")
