@@ -19,6 +19,7 @@ from .modeling_lrcssm import (
     LrcSSMPreTrainedModel,
 )
 from .recurrence import LrcParameters, LrcScanInfo, lrc_scan, lrc_step, prefix_scan
+from .series import series_statistics
 
 
 AutoConfig.register("lrcssm", LrcSSMConfig)
@@ -42,4 +43,5 @@ __all__ = [
     "lrc_scan",
     "lrc_step",
     "prefix_scan",
+    "series_statistics",
 ]

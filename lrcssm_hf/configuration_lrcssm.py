@@ -207,6 +207,10 @@ class LrcSSMConfig(PreTrainedConfig):
         levels = self.quantiles
         if levels is not None and not (levels == sorted(set(levels)) and levels and 0 < levels[0] <= levels[-1] < 1):
             raise ValueError(f"`quantiles` must be ascending levels in (0, 1), got {levels}.")
+        if levels is not None and self.prediction_length is None:
+            raise ValueError(f"`quantiles` {levels} are of forecasts; set `prediction_length` too, or leave them out.")
+        if self.bidirectional and self.num_hidden_layers == 1:
+            raise ValueError("`bidirectional` needs 2 layers (`num_hidden_layers`), one for each direction; got 1.")
         if not 2 < self.time_constant_min <= self.time_constant_max:
             raise ValueError(
                 "`time_constant_min` must be above 2 and at most `time_constant_max`, got "

@@ -6,6 +6,8 @@ Shapes: B batch, T steps, C channels, N tokens, P steps ahead, Q quantiles.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,55 +16,80 @@ from .series import last_observed, observed_values, require_features, require_fi
 from .steps import LrcSSMSteps, take
 
 
+class KnownSeries(NamedTuple):
+    """What forecasts are made from, and the loss has targets in.
+
+    Attributes:
+        values, observed: (B, T, C), as `observed_values` returns them.
+        steps: of the mask.
+        statistics: mean and standard deviation, each (B, 1, C); None without scaling.
+        learns_after: (B, 1), or 0: tokens that come after fewer real steps have no part in the loss.
+    """
+
+    values: Tensor
+    observed: Tensor
+    steps: LrcSSMSteps
+    statistics: tuple[Tensor, Tensor] | None
+    learns_after: Tensor | int
+
+
 class ForecastingMixin:
     """`forecast`, and what `forward` needs for it, for a model with the trunk `model` and the head `score`."""
 
-    def _forecasts(
+    def _known_series(
         self,
-        hidden_states: Tensor,
-        values: Tensor,
-        observed: Tensor,
-        steps: LrcSSMSteps,
+        input_values: Tensor,
+        mask: Tensor | None,
+        observed_mask: Tensor | None,
         statistics: tuple[Tensor, Tensor] | None,
-        logits_to_keep: int,
-    ) -> tuple[Tensor, Tensor]:
+        learns: bool,
+    ) -> KnownSeries:
+        """While the model `learns`, a series is scaled by the first half of its steps, so that all tokens after it can
+        learn: their targets are no part of the statistics."""
+        values, observed = observed_values(input_values, mask, observed_mask)
+        steps, learns_after = LrcSSMSteps.of(mask), 0
+        if self.config.scaling is not None and statistics is None:
+            known = observed
+            if learns:
+                ends = steps.ends(1, values.shape[1], values.device)
+                learns_after = (ends[:, -1:] + 1) // 2
+                known = observed & (ends <= learns_after).unsqueeze(-1)
+            statistics = series_statistics(values, known)
+        return KnownSeries(values, observed, steps, statistics, learns_after)
+
+    def _forecasts(self, hidden_states: Tensor, series: KnownSeries, logits_to_keep: int) -> tuple[Tensor, Tensor]:
         """What follows each token, (B, N, P, C) or with quantiles (B, N, P, C, Q), and how many real steps came before,
-        (B, N); `values` (B, T, C) are 0 where nothing was observed."""
+        (B, N)."""
+        values, observed, steps, statistics, _ = series
         config = self.config
         batch, length, channels = values.shape
         ends = steps.ends(config.patch_length, length, values.device).expand(batch, -1)
-        # Statistics of a scaled series and a layer that reads from the end know what follows all tokens but the last.
-        knows_future = config.scaling is not None or config.bidirectional
-        kept = slice(-1 if knows_future else -logits_to_keep, None)
-        hidden_states, ends = hidden_states[:, kept], ends[:, kept]
-        if config.scaling is None:
-            mean, deviation = values.new_zeros(batch, 1, channels), values.new_ones(batch, 1, channels)
-        else:
-            mean, deviation = series_statistics(values, observed) if statistics is None else statistics
-        latest = last_observed(steps.pack(values - mean), steps.pack(observed)) + mean
+        hidden_states, ends = hidden_states[:, -logits_to_keep:], ends[:, -logits_to_keep:]
+        if statistics is None:
+            statistics = values.new_zeros(batch, 1, channels), values.new_ones(batch, 1, channels)
+        mean, deviation = statistics
+        latest = last_observed(steps.pack((values - mean).masked_fill(~observed, 0)), steps.pack(observed)) + mean
         start = take(latest, (ends - 1).clamp(min=0))
         change = self.score(hidden_states).float().unflatten(-1, (config.prediction_length, channels, -1))
-        forecasts = start[:, :, None, :, None] + change * deviation[:, :, None, :, None]
+        forecasts = start[:, :, None, :, None] + change.to(start.device) * deviation[:, :, None, :, None]
         return forecasts if config.quantiles else forecasts.squeeze(-1), ends
 
     def _forecast_loss(
         self,
         forecasts: Tensor,
         ends: Tensor,
-        values: Tensor,
-        observed: Tensor,
-        steps: LrcSSMSteps,
+        series: KnownSeries,
         future_values: Tensor,
         future_observed_mask: Tensor | None,
     ) -> Tensor:
-        """The mean error of all forecasts, whose targets lie in `values` and, after them, in `future_values`."""
+        """The mean error of the forecasts, whose targets lie in the series and, after it, in `future_values`."""
+        values, observed, steps, _, learns_after = series
         batch, length, channels = values.shape
         ahead = self.config.prediction_length
         if future_values.shape != (batch, ahead, channels):
             expected = (batch, ahead, channels)
             raise ValueError(f"`future_values` must have shape {expected}, got {tuple(future_values.shape)}.")
-        future_observed = observed_values(future_values, None, future_observed_mask)
-        future_values = future_values.masked_fill(~future_observed, 0)
+        future_values, future_observed = observed_values(future_values, None, future_observed_mask)
         require_finite("future_values", future_values)
 
         # In packed order the future follows each row's last real step.
@@ -72,11 +99,11 @@ class ForecastingMixin:
         whole = F.pad(steps.pack(values), (0, 0, 0, ahead)).scatter(1, places, future_values.to(values.dtype))
         known = F.pad(steps.pack(observed), (0, 0, 0, ahead)).scatter(1, places, future_observed)
         index = (ends[..., None] + following).flatten(1)
-        targets, known = (take(series, index).unflatten(1, (-1, ahead)) for series in (whole, known))
+        targets, known = (take(each, index).unflatten(1, (-1, ahead)) for each in (whole, known))
         # A padded token repeats the one before it, and does not count again.
         is_first = F.pad(ends[:, 1:] != ends[:, :-1], (1, 0), value=True) & (ends > 0)
-        known = known & is_first[..., None, None]
-        errors = _errors(forecasts, targets.float(), self.config.quantiles)
+        known = known & (is_first & (ends >= learns_after))[..., None, None]
+        errors = _errors(forecasts, targets, self.config.quantiles)
         return errors.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
 
     @torch.no_grad()
@@ -125,57 +152,74 @@ class ForecastingMixin:
             raise ValueError(f"`horizon` must be at least 1, got {horizon}.")
         if self.training:
             raise ValueError("The model is in training mode; call `model.eval()` before `forecast`.")
-        if horizon > ahead and (config.bidirectional or ahead < patch_length):
-            reason = "is `bidirectional`" if config.bidirectional else f"reads patches of {patch_length} steps"
-            raise ValueError(f"`horizon` can be {ahead} at most for this model, as it {reason}; got {horizon}.")
+        if horizon > ahead:
+            reason = None
+            if config.bidirectional:
+                reason = "is `bidirectional`"
+            elif ahead < patch_length:
+                reason = f"reads patches of {patch_length} steps"
+            elif num_samples is None and quantiles is not None and not quantiles[0] <= 0.5 <= quantiles[-1]:
+                reason = f"forecasts the quantiles {quantiles}, of which no median follows to be read again"
+            if reason is not None:
+                raise ValueError(f"`horizon` can be {ahead} at most for this model, as it {reason}; got {horizon}.")
         if num_samples is not None and (num_samples < 1 or quantiles is None or len(quantiles) < 2):
             raise ValueError(
                 f"`num_samples` must be at least 1, with a model of two `quantiles` or more; got {num_samples} and "
                 f"{quantiles}."
             )
+        if past_values.dim() != 3:
+            raise ValueError(f"`past_values` must have shape (batch, steps, channels), got {tuple(past_values.shape)}.")
         batch, length = past_values.shape[:2]
         past_features, future_features = None, None
         if time_features is not None:
             require_features("time_features", time_features, (batch, length + horizon, config.num_time_features))
             past_features, future_features = time_features.split([length, horizon], dim=1)
-
-        def repeat(rows: Tensor | None) -> Tensor | None:
-            """A row for every path."""
-            return rows if rows is None or num_samples is None else rows.repeat_interleave(num_samples, 0)
-
         statistics = None
         if config.scaling is not None:
             mask = None if attention_mask is None else attention_mask.bool()
-            statistics = series_statistics(past_values, observed_values(past_values, mask, observed_mask))
-            statistics = tuple(map(repeat, statistics))
-        every_call = {
-            "static_real_features": repeat(static_real_features),
-            "statistics": statistics,
-            "logits_to_keep": 1,
-            "use_cache": horizon > ahead,
-        }
-        inputs = {
-            "input_values": repeat(past_values),
-            "attention_mask": repeat(attention_mask),
-            "observed_mask": repeat(observed_mask),
-            "time_deltas": repeat(time_deltas),
-            "time_features": repeat(past_features),
-        }
+            statistics = series_statistics(*observed_values(past_values, mask, observed_mask))
+        outputs = self(
+            input_values=past_values,
+            attention_mask=attention_mask,
+            observed_mask=observed_mask,
+            time_deltas=time_deltas,
+            time_features=past_features,
+            static_real_features=static_real_features,
+            statistics=statistics,
+            logits_to_keep=1,
+            use_cache=horizon > ahead,
+        )
+        # The past is read once; then every path goes on from a copy of the state.
+        rows = torch.arange(batch, device=past_values.device).repeat_interleave(num_samples or 1)
+        forecasts, cache = outputs.logits[rows, -1], outputs.past_key_values
+        if horizon > ahead:
+            cache.reorder_cache(rows)
+        if statistics is not None:
+            statistics = tuple(statistic[rows] for statistic in statistics)
+        if static_real_features is not None:
+            static_real_features = static_real_features[rows]
         # What is read again are whole patches.
         block = ahead if horizon <= ahead else ahead // patch_length * patch_length
         results = []
-        for start in range(0, horizon, block):
-            outputs = self(**inputs, **every_call)
-            forecasts = values = outputs.logits[:, -1, :block]
+        for end in range(block, horizon + block, block):
+            forecasts = values = forecasts[:, :block]
             if quantiles is not None:
                 levels = forecasts.new_full((len(forecasts), 1, forecasts.shape[2]), 0.5)
                 if num_samples is not None:
                     levels = torch.rand(levels.shape, generator=generator, device=levels.device)
                 values = _interpolate(forecasts, quantiles, levels.expand(forecasts.shape[:-1]))
             results.append(forecasts if num_samples is None else values)
-            inputs = {"input_values": values.to(past_values.dtype), "past_key_values": outputs.past_key_values}
-            if future_features is not None:
-                inputs["time_features"] = repeat(future_features[:, start : start + block])
+            if end < horizon:
+                outputs = self(
+                    input_values=values,
+                    time_features=None if future_features is None else future_features[rows, end - block : end],
+                    static_real_features=static_real_features,
+                    statistics=statistics,
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                    use_cache=True,
+                )
+                forecasts = outputs.logits[:, -1]
         forecasts = torch.cat(results, dim=1)[:, :horizon]
         return forecasts if num_samples is None else forecasts.unflatten(0, (batch, num_samples))
 

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_lrcssm import LrcSSMConfig
 from .forecasting import ForecastingMixin
-from .recurrence import LrcParameters, lrc_scan, prefix_scan
+from .recurrence import LrcParameters, load_cpu_kernels, lrc_scan, prefix_scan
 from .saved_states import SavedStatesMixin
 from .series import observed_values, require_features, require_finite, series_statistics
 from .steps import LrcSSMSteps
@@ -366,6 +366,8 @@ class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
         # Fields may have been changed since the configuration was made.
         config.check_values()
         super().__init__(config)
+        # Now, because numba cannot be imported while torch.export traces: that replaces functions of Python's.
+        load_cpu_kernels()
         # FSDP refuses to wrap a class of which the model has no module.
         self._no_split_modules = [BLOCKS[config.block_type].__name__]
         if config.num_channels is not None:
@@ -488,6 +490,15 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask = self._step_mask(attention_mask, batch_size, length, past_key_values)
+        of_series = {
+            "observed_mask": observed_mask,
+            "time_features": time_features,
+            "static_real_features": static_real_features,
+            "statistics": statistics,
+        }
+        for argument, value in of_series.items():
+            if value is not None and name != "input_values":
+                raise ValueError(f"`{argument}` goes with `input_values`, not with `{name}`; leave it out.")
         per_step = {"position_ids": position_ids, "time_deltas": time_deltas, "seq_idx": seq_idx}
         for argument, value in per_step.items():
             if value is not None and value.shape not in ((batch_size, length), (1, length)):
@@ -496,12 +507,14 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             seq_idx = self._documents(cu_seq_lens_q, batch_size, length)
         reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
         seq_idx = None if seq_idx is None else seq_idx.expand(batch_size, -1)
-        time_deltas = None if time_deltas is None else time_deltas.expand(batch_size, -1)
+        if time_deltas is not None:
+            dtype = torch.promote_types(time_deltas.dtype, torch.float32)
+            time_deltas = time_deltas.to(dtype).expand(batch_size, -1)
 
         steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)
         if name == "input_values":
             continues = past_key_values is not None and past_key_values.has_previous_state()
-            self._check_patches(steps, length, continues)
+            self._check_rows(steps, length, continues)
             values = self._prepare_series(values, mask, observed_mask, time_features, statistics, continues)
             tokens, steps = steps.patch(steps.pack(values), self.config.patch_length)
             hidden_states = self._add_static(self.encoder(tokens.to(self.dtype)), static_real_features)
@@ -538,6 +551,11 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             raise ValueError(f"This model reads `input_values` of {channels} channels, not `input_ids`.")
         if name == "input_values" and channels is None:
             raise ValueError("This model reads `input_ids`; set `config.num_channels` for a model of series.")
+        if name == "inputs_embeds" and self.config.patch_length > 1:
+            raise ValueError(
+                f"This model reads `input_values` in patches of {self.config.patch_length} steps (`patch_length`), not "
+                "`inputs_embeds`."
+            )
         width = {"input_ids": (), "inputs_embeds": (self.config.hidden_size,), "input_values": (channels,)}[name]
         if value.dim() != 2 + len(width) or value.shape[2:] != width or value.numel() == 0:
             shape = ", ".join(["batch", "steps", *map(str, width)])
@@ -581,19 +599,29 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         require_finite(name, values)
         return values
 
-    def _check_patches(self, steps: LrcSSMSteps, length: int, continues: bool) -> None:
-        patch_length = self.config.patch_length
-        if patch_length == 1:
-            return
-        if steps.reset is not None:
+    def _check_rows(self, steps: LrcSSMSteps, length: int, continues: bool) -> None:
+        """What patches, statistics and forecasts ask of the rows of `input_values`."""
+        config = self.config
+        patch_length = config.patch_length
+        ask_for_one = {
+            "patch_length": patch_length > 1,
+            "scaling": config.scaling is not None,
+            "prediction_length": config.prediction_length is not None,
+        }
+        fields = [field for field, asks in ask_for_one.items() if asks]
+        if steps.reset is not None and fields:
             raise ValueError(
-                f"A patch of {patch_length} steps (`patch_length`) belongs to one series: give each series a row, "
+                f"`{fields[0]}` ({getattr(config, fields[0])}) is for one series in a row: give each series a row, "
                 "without `position_ids`, `seq_idx` and `cu_seq_lens_q`."
             )
-        if continues and length % patch_length:
+        if not continues or patch_length == 1:
+            return
+        lengths = torch.tensor(length) if steps.lengths is None else steps.lengths
+        # On the CPU only, where it does not stall the device's queue.
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths % patch_length).any():
             raise ValueError(
-                f"`input_values` has {length} steps, which must be a multiple of `patch_length` ({patch_length}) when "
-                "`past_key_values` has read others before."
+                f"`input_values` has {lengths.tolist()} unmasked steps, which must be multiples of `patch_length` "
+                f"({patch_length}) when `past_key_values` has read others before."
             )
 
     def _prepare_series(
@@ -607,9 +635,17 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
     ) -> Tensor:
         """Scaled values with zeros for what is missing, and the time features: (B, T, num_channels + features)."""
         config = self.config
-        observed = observed_values(values, mask, observed_mask)
-        values = values.masked_fill(~observed, 0)
+        values, observed = observed_values(values, mask, observed_mask)
         require_finite("input_values", values)
+        shape = (values.shape[0], 1, values.shape[2])
+        if statistics is not None:
+            if config.scaling is None:
+                raise ValueError("`statistics` are for a model with `scaling`; leave them out.")
+            if len(statistics) != 2 or any(statistic.shape != shape for statistic in statistics):
+                raise ValueError(
+                    f"`statistics` must be a mean and a standard deviation of shape {shape} each, got shapes "
+                    f"{[tuple(statistic.shape) for statistic in statistics]}."
+                )
         if config.scaling is not None:
             if statistics is None and continues:
                 raise ValueError(
@@ -867,6 +903,7 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
         if attention_mask is not None:
             length = hidden_states.shape[1] if input_values is None else input_values.shape[1]
             mask = self._token_mask(attention_mask[:, -length:].bool(), hidden_states.shape[1])
+            mask = mask.to(hidden_states.device)
         logits = self._pool(hidden_states, mask)
         loss = None
         if labels is not None:
@@ -893,8 +930,11 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
             return (scores * weight.softmax(1)).sum(1)
         if mask is None:
             return scores.mean(1)
-        weight = mask.unsqueeze(-1).to(scores.dtype)
-        return (scores * weight).sum(1) / weight.sum(1).clamp(min=1)
+        # The sum of many steps in float32 at least, beyond what float16 holds.
+        total = scores.masked_fill(~mask.unsqueeze(-1), 0).sum(
+            1, dtype=torch.promote_types(scores.dtype, torch.float32)
+        )
+        return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(scores.dtype)
 
 
 class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
@@ -908,7 +948,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
     step, or a patch of steps), (batch_size, tokens, prediction_length, num_channels) and with `config.quantiles` a last
     dimension for them. A forecast is the channel's last observed value plus what the model adds to it. With
     `config.scaling`, whose statistics know the whole series, and with `config.bidirectional` there are forecasts after
-    the last token only.
+    the last token only; while a model with `config.scaling` is trained, its statistics are those of the first half of
+    the series, and the tokens after it learn.
 
     Example:
 
@@ -961,7 +1002,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
                 Nothing is shifted.
             future_values (`torch.Tensor` of shape `(batch_size, prediction_length, num_channels)`): what follows
                 `input_values`. The loss is the mean squared error, or with `config.quantiles` the pinball loss, of the
-                forecasts in `logits`, of which all but the last have targets in `input_values` too.
+                forecasts in `logits`, of which all but the last have targets in `input_values` too. transformers'
+                Trainer is to be told of it: `TrainingArguments(label_names=["future_values"])`.
             future_observed_mask (`torch.Tensor` of the shape of `future_values`): 0 where a value is missing.
             logits_to_keep (`int`): forecast from the last so many tokens only (0: from all).
 
@@ -976,12 +1018,22 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
             raise ValueError(
                 f"With a `prediction_length` of {self.config.prediction_length}, pass `{wanted}` instead of `{given}`."
             )
+        if logits_to_keep and not forecasts:
+            raise ValueError("`logits_to_keep` is for a model with `prediction_length`; leave it out.")
         if forecasts and input_values is None:
             raise ValueError("`input_values` is missing: forecasts continue the values of a series.")
-        mask = None
-        if attention_mask is not None:
-            length = next(x for x in (input_values, input_ids, inputs_embeds) if x is not None).shape[1]
-            mask = attention_mask[:, -length:].bool()
+        _, inputs = self.model._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
+        mask = self.model._step_mask(attention_mask, *inputs.shape[:2], past_key_values)
+        if forecasts:
+            config = self.config
+            learns = self.training and future_values is not None and not config.bidirectional
+            learns = learns and statistics is None and past_key_values is None
+            series = self._known_series(input_values, mask, observed_mask, statistics, learns)
+            if learns:
+                statistics = series.statistics
+            elif config.scaling is not None or config.bidirectional:
+                # The statistics of a series, and a layer that reads from the end, know what follows the other tokens.
+                logits_to_keep = 1
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1000,16 +1052,14 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
         )
         hidden_states = outputs.last_hidden_state
         if forecasts:
-            observed = observed_values(input_values, mask, observed_mask)
-            series = (input_values.masked_fill(~observed, 0), observed, LrcSSMSteps.of(mask))
-            logits, ends = self._forecasts(hidden_states, *series, statistics, logits_to_keep)
+            logits, ends = self._forecasts(hidden_states, series, logits_to_keep)
             loss = None
             if future_values is not None:
-                loss = self._forecast_loss(logits, ends, *series, future_values, future_observed_mask)
+                loss = self._forecast_loss(logits, ends, series, future_values, future_observed_mask)
             return self._outputs(outputs, loss, logits)
         logits = self.score(hidden_states)
         if self.config.patch_length > 1:
-            logits = LrcSSMSteps.of(mask).unpatch(logits, self.config.patch_length, input_values.shape[1])
+            logits = LrcSSMSteps.of(mask).unpatch(logits, self.config.patch_length, inputs.shape[1])
         loss = None if labels is None else self._loss(logits, labels, mask)
         return self._outputs(outputs, loss, logits)
 

@@ -13,6 +13,7 @@ sequence is solved by prefix scans. Shapes: B batch, T steps, D state.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import re
@@ -695,6 +696,12 @@ def _kernels(backend: str) -> Kernels | None:
     if backend not in _loaded:
         _loaded[backend] = _load_kernels(backend)
     return _loaded[backend]
+
+
+def load_cpu_kernels() -> None:
+    """Imports them where their package is there."""
+    if importlib.util.find_spec("numba") is not None:
+        _kernels("cpu")
 
 
 def _load_kernels(backend: str) -> Kernels | None:

@@ -71,7 +71,8 @@ class SavedStatesMixin:
 
     def _fingerprint(self) -> str:
         """A hash of everything that a state depends on: the trunk's weights and what is done with them."""
-        digest = hashlib.sha256(f"{self.config.hidden_act} {self.config.norm_eps}".encode())
+        fields = ("hidden_act", "norm_eps", "num_hidden_layers", "scaling")
+        digest = hashlib.sha256(repr([getattr(self.config, field) for field in fields]).encode())
         for name, tensor in self.base_model.state_dict().items():
             if tensor.is_meta:
                 raise ValueError(f"{name!r} is offloaded; load the model into memory to save and load states.")

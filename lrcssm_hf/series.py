@@ -15,15 +15,18 @@ from torch import Tensor
 _MINIMUM_VARIANCE = 1e-5
 
 
-def observed_values(values: Tensor, mask: Tensor | None, observed_mask: Tensor | None) -> Tensor:
-    """Which values (B, T, C) are there, bool, from the mask of the steps (B, T) and that of the values."""
+def observed_values(values: Tensor, mask: Tensor | None, observed_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values (B, T, C), float32 at least and 0 where there is none, and which there are, bool, by the mask of the
+    steps (B, T) and that of the values (B, T, C)."""
     if observed_mask is None:
         observed = torch.ones_like(values, dtype=torch.bool)
     elif observed_mask.shape == values.shape:
         observed = observed_mask.bool()
     else:
         raise ValueError(f"`observed_mask` must have shape {tuple(values.shape)}, got {tuple(observed_mask.shape)}.")
-    return observed if mask is None else observed & mask.unsqueeze(-1)
+    if mask is not None:
+        observed = observed & mask.unsqueeze(-1)
+    return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~observed, 0), observed
 
 
 def series_statistics(values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +35,7 @@ def series_statistics(values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]
     Args:
         values, observed: (B, T, C), real and bool; what is not observed may be anything.
     """
-    values = values.masked_fill(~observed, 0)
+    values = values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~observed, 0)
     count = observed.sum(1, keepdim=True).clamp(min=1)
     mean = values.sum(1, keepdim=True) / count
     variance = (values - mean).masked_fill(~observed, 0).square().sum(1, keepdim=True) / count
@@ -43,7 +46,7 @@ def last_observed(values: Tensor, observed: Tensor) -> Tensor:
     """(B, T, C): at every step the latest observed value, 0 before the first."""
     steps = torch.arange(1, values.shape[1] + 1, device=values.device)[:, None]
     latest = torch.where(observed, steps, 0).cummax(dim=1).values
-    return F.pad(values.masked_fill(~observed, 0), (0, 0, 1, 0)).gather(1, latest)
+    return F.pad(values, (0, 0, 1, 0)).gather(1, latest)
 
 
 def require_features(name: str, features: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

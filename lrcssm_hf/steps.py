@@ -64,9 +64,8 @@ class LrcSSMSteps(NamedTuple):
         if it had not been taken; before the first real step the output is zero."""
         if self.count is None:
             return outputs
-        count = self.count.to(outputs.device)
-        empty = (count == 0).view(*count.shape, *[1] * (outputs.dim() - 2))
-        return take(outputs, (count - 1).clamp(min=0)).masked_fill(empty, 0)
+        empty = (self.count == 0).view(*self.count.shape, *[1] * (outputs.dim() - 2))
+        return take(outputs, (self.count - 1).clamp(min=0)).masked_fill(empty.to(outputs.device), 0)
 
     # --- Patches ---
 
@@ -82,11 +81,12 @@ class LrcSSMSteps(NamedTuple):
         if patch_length == 1:
             return values, self
         index, real = self._patch_index(values, patch_length)
-        tokens = take(values, index).masked_fill(~real.unsqueeze(-1), 0).unflatten(1, (-1, patch_length)).flatten(2)
-        if self.lengths is None and self.time_step is None and values.shape[1] % patch_length == 0:
-            return tokens, LrcSSMSteps(None)
+        # The sizes are written out for torch.export, which keeps the length open.
+        batch, length, channels = values.shape
+        shape = (batch, -(-length // patch_length), patch_length)
+        tokens = take(values, index).masked_fill(~real.unsqueeze(-1), 0).reshape(*shape[:2], patch_length * channels)
         time_step = torch.ones_like(values[..., 0]) if self.time_step is None else self.time_step
-        time_step = time_step.gather(1, index).masked_fill(~real, 0).unflatten(1, (-1, patch_length)).mean(-1)
+        time_step = time_step.gather(1, index).masked_fill(~real, 0).reshape(shape).mean(-1)
         if self.lengths is None:
             return tokens, LrcSSMSteps(time_step)
         lengths = -(-self.lengths // patch_length)
@@ -96,7 +96,8 @@ class LrcSSMSteps(NamedTuple):
     def unpatch(self, outputs: Tensor, patch_length: int, length: int) -> Tensor:
         """Per-step outputs of tokens, (B, N, patch_length * C), as (B, T, C) in the user's order."""
         outputs = outputs.unflatten(2, (patch_length, -1)).flatten(1, 2)
-        step = torch.arange(length, device=outputs.device).unsqueeze(0) + self._missing(length, patch_length)
+        device = outputs.device if self.lengths is None else self.lengths.device
+        step = torch.arange(length, device=device).unsqueeze(0) + self._missing(length, patch_length)
         step = step.clamp(max=outputs.shape[1] - 1).expand(outputs.shape[0], -1)
         return self.unpack(take(outputs, step))
 
@@ -127,30 +128,33 @@ class LrcSSMSteps(NamedTuple):
         """Packed (B, T, ...) with the real steps of every row the other way round; its own inverse."""
         if self.lengths is None:
             return inputs.flip(1)
-        step = torch.arange(inputs.shape[1], device=inputs.device)
-        lengths = self.lengths.to(inputs.device)[:, None]
+        step = torch.arange(inputs.shape[1], device=self.lengths.device)
+        lengths = self.lengths[:, None]
         return take(inputs, torch.where(step < lengths, lengths - 1 - step, step))
 
     def reversed(self) -> LrcSSMSteps:
         """The steps of a batch read from its end, where the time between two steps belongs to the earlier one, and a
         document starts at what was its last step."""
 
-        def shift(steps: Tensor | None) -> Tensor | None:
-            if steps is None:
-                return None
-            if self.lengths is None:
-                return self.reverse(steps.roll(-1, 1))
-            step = torch.arange(steps.shape[1], device=steps.device)
-            lengths = self.lengths[:, None]
-            following = (step + 1) % lengths.clamp(min=1)
-            return self.reverse(steps.gather(1, torch.where(step < lengths, following, step)))
-
-        return self._replace(time_step=shift(self.time_step), reset=shift(self.reset))
+        known = self.reset if self.time_step is None else self.time_step
+        if known is None:
+            return self
+        step = torch.arange(known.shape[1], device=known.device).expand_as(known)
+        first, is_last = torch.zeros_like(step), step == known.shape[1] - 1
+        if self.lengths is not None:
+            is_last = step == self.lengths[:, None] - 1
+        if self.reset is not None:
+            first = torch.where(self.reset, step, 0).cummax(1).values
+            is_last = is_last | F.pad(self.reset[:, 1:], (0, 1))
+        # A document's first time, before which there is nothing, stands where there is nothing after it.
+        following = torch.where(is_last, first, (step + 1).clamp(max=known.shape[1] - 1))
+        time_step = None if self.time_step is None else self.reverse(self.time_step.gather(1, following))
+        return self._replace(time_step=time_step, reset=None if self.reset is None else self.reverse(is_last))
 
 
 def take(inputs: Tensor, index: Tensor) -> Tensor:
     """The steps `index` (B, M) of (B, T, ...), as (B, M, ...)."""
-    index = index.view(*index.shape, *[1] * (inputs.dim() - 2))
+    index = index.to(inputs.device).view(*index.shape, *[1] * (inputs.dim() - 2))
     return inputs.gather(1, index.expand(-1, -1, *inputs.shape[2:]))
 
 

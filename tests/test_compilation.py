@@ -116,3 +116,16 @@ def test_export_of_a_classifier_of_series():
     for rows, length in ((4, 23), (2, 9)):
         other = {name: value[:rows, :length] for name, value in inputs.items()}
         assert torch.allclose(exported(**other, use_cache=False).logits, model(**other).logits, atol=2e-5)
+
+
+@torch.no_grad()
+def test_export_of_patches():
+    """Of a series without padding, whose length may be a multiple of the patches' or not."""
+    sizes = {"num_channels": 3, "num_labels": 2, "num_hidden_layers": 1, "patch_length": 4}
+    model = make_model(LrcSSMForSequenceClassification, **sizes)
+    for exported_at in (23, 24):
+        exported = export(model, {"input_values": torch.randn(4, exported_at, 3)}, strict=False)
+        for length in (9, 16):
+            values = torch.randn(2, length, 3)
+            logits = exported(input_values=values, use_cache=False).logits
+            assert torch.allclose(logits, model(input_values=values).logits, atol=2e-5)

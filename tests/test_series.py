@@ -4,7 +4,13 @@
 import pytest
 import torch
 
-from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling, LrcSSMModel
+from lrcssm_hf import (
+    LrcSSMForCausalLM,
+    LrcSSMForSequenceClassification,
+    LrcSSMForSequenceModeling,
+    LrcSSMModel,
+    series_statistics,
+)
 from lrcssm_hf.steps import LrcSSMSteps
 from tiny_models import make_config, make_model
 
@@ -113,7 +119,7 @@ def test_patches_go_through_the_cache():
     second = model(input_values=series[:, 9:], past_key_values=first.past_key_values)
     pieces = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
     assert torch.allclose(pieces, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="multiple of `patch_length`"):
+    with pytest.raises(ValueError, match="3 unmasked steps.*multiples of `patch_length`"):
         model(input_values=series[:, :3], past_key_values=first.past_key_values)
 
 
@@ -136,13 +142,24 @@ def test_every_second_layer_reads_from_the_end():
     assert (model(input_values=changed)[0] - model(input_values=series)[0])[:, 0].abs().min() > 0
 
 
+@pytest.mark.parametrize("side", [None, "left", "right"])
 @torch.no_grad()
-def test_documents_are_kept_apart_in_both_directions():
-    model = make_model(LrcSSMModel, bidirectional=True)
-    ids = torch.randint(2, 61, (1, 12))
+def test_documents_are_kept_apart_in_both_directions(side):
+    model = series_model(LrcSSMModel, bidirectional=True)
+    series, deltas = random_series(rows=1, steps=12), torch.rand(1, 12) + 0.5
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    apart = torch.cat([model(ids[:, :5]).last_hidden_state, model(ids[:, 5:]).last_hidden_state], 1)
-    assert torch.allclose(model(ids, position_ids=positions).last_hidden_state, apart, atol=1e-5)
+    pieces = [slice(0, 5), slice(5, 12)]
+    apart = [model(input_values=series[:, p], time_deltas=deltas[:, p]).last_hidden_state for p in pieces]
+    padding, mask = {"left": (2, 0), "right": (0, 2), None: (0, 0)}[side], None
+    if side is not None:
+        mask = torch.nn.functional.pad(torch.ones(1, 12), padding)
+    inputs = {
+        "input_values": torch.nn.functional.pad(series, (0, 0, *padding)),
+        "time_deltas": torch.nn.functional.pad(deltas, padding, value=3.0),
+        "position_ids": torch.nn.functional.pad(positions, padding, value=1),
+    }
+    hidden = model(**inputs, attention_mask=mask).last_hidden_state[:, padding[0] : padding[0] + 12]
+    assert torch.allclose(hidden, torch.cat(apart, 1), atol=1e-5)
 
 
 @torch.no_grad()
@@ -193,13 +210,39 @@ def test_covariates_matter_and_must_fit():
         forecaster()(input_values=series, time_features=features[:, :17])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("changes", [{"scaling": "std"}, {"bidirectional": True}], ids=str)
-def test_no_forecast_is_trained_that_knows_its_targets(changes):
-    model = forecaster(**changes).train()
+def test_only_the_last_token_knows_no_targets(changes):
+    model = forecaster(**changes)
     series, future = random_series(), random_series(steps=4, seed=1)
     outputs = model(input_values=series, future_values=future)
     assert outputs.logits.shape == (3, 1, 4, CHANNELS)
     assert torch.allclose(outputs.loss, (outputs.logits[:, 0] - future).square().mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch_length", [1, 3])
+def test_a_scaled_forecaster_learns_from_the_second_half(patch_length):
+    """The loss against one written out, with padding and missing values, and no forecast knows what comes after it."""
+    model = forecaster(scaling="std", patch_length=patch_length).train()
+    series, future = random_series(), random_series(steps=4, seed=1)
+    lengths = (17, 8, 1)
+    values, mask = padded(series, lengths, "left")
+    observed = torch.rand(3, 17, CHANNELS, generator=torch.Generator().manual_seed(2)) < 0.8
+    masks = {"attention_mask": mask, "observed_mask": observed}
+    outputs = model(input_values=values, future_values=future, **masks)
+    errors = []
+    for row, length in enumerate(lengths):
+        seen, there, half = series[row, :length], observed[row, 17 - length :], -(-length // 2)
+        whole, all_there = torch.cat([seen, future[row]]), torch.cat([there, torch.ones(4, CHANNELS).bool()])
+        known = [seen[:half, channel][there[:half, channel]] for channel in range(CHANNELS)]
+        mean = torch.stack([x.mean() if len(x) else x.sum() for x in known])
+        deviation = torch.stack([x.var(correction=0) if len(x) else x.sum() for x in known]).add(1e-5).sqrt()
+        for end in range(length, half - 1, -patch_length):
+            inputs = {"input_values": seen[None, :end], "observed_mask": there[None, :end]}
+            forecast = model(**inputs, statistics=(mean[None, None], deviation[None, None])).logits[0, -1]
+            errors.append((forecast - whole[end : end + 4])[all_there[end : end + 4]] ** 2)
+    assert torch.allclose(outputs.loss, torch.cat(errors).mean(), rtol=1e-4)
+    outputs.loss.backward()
 
 
 # --- Forecasts ------------------------------------------------------------------------------------------------------
@@ -298,10 +341,79 @@ def test_samples_follow_the_quantiles():
     assert samples[:, :, 5].std(1).min() > 0
 
 
+@torch.no_grad()
+def test_a_path_goes_on_from_its_own_row(monkeypatch):
+    """Paths of a batch with covariates, padding and elapsed times against those of each row alone."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 0.3))
+    model = forecaster(quantiles=[0.2, 0.5, 0.8], num_time_features=2, num_static_real_features=1, scaling="std")
+    series, features = random_series(), torch.randn(3, 17 + 9, 2)
+    static, deltas = torch.randn(3, 1), 0.5 + torch.randn(3, 17).abs()
+    lengths = (17, 9, 4)
+    values, mask = padded(series, lengths, "left")
+    inputs = {"attention_mask": mask, "time_features": features, "static_real_features": static, "time_deltas": deltas}
+    paths = model.forecast(values, 9, num_samples=2, **inputs)
+    assert paths.shape == (3, 2, 9, CHANNELS) and torch.equal(paths[:, 0], paths[:, 1])
+    for row, length in enumerate(lengths):
+        alone = model.forecast(
+            series[row : row + 1, :length],
+            9,
+            time_features=features[row : row + 1, 17 - length :],
+            static_real_features=static[row : row + 1],
+            time_deltas=deltas[row : row + 1, 17 - length :],
+            num_samples=1,
+        )
+        assert torch.allclose(paths[row, :1], alone[0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_path_keeps_to_one_level_in_what_is_forecast_at_once():
+    model = forecaster(quantiles=[0.2, 0.5, 0.8])
+    series = random_series()
+    levels = torch.rand(3, 1, CHANNELS, generator=torch.Generator().manual_seed(4))
+    paths = model.forecast(series, 4, num_samples=1, generator=torch.Generator().manual_seed(4))
+    quantiles = model.forecast(series, 4).sort(-1).values
+    low, middle, high = quantiles.unbind(-1)
+    expected = torch.where(
+        levels < 0.5, torch.lerp(low, middle, (levels - 0.2) / 0.3), torch.lerp(middle, high, (levels - 0.5) / 0.3)
+    )
+    assert torch.allclose(paths[:, 0], expected, atol=1e-5)
+
+
+def test_the_loss_of_the_median_is_the_absolute_error():
+    model = forecaster(quantiles=[0.5])
+    series, future = random_series(steps=1), random_series(steps=4, seed=1)
+    outputs = model(input_values=series, future_values=future)
+    assert torch.allclose(outputs.loss, (outputs.logits[:, 0, ..., 0] - future).abs().mean())
+
+
+@torch.no_grad()
+def test_series_of_integers_and_half_precision():
+    for changes in ({"scaling": "std"}, {"patch_length": 3}):
+        model = forecaster(**changes)
+        counts = torch.randint(200, 300, (3, 17, CHANNELS))
+        expected = model.forecast(counts.float(), 6)
+        assert torch.equal(model.forecast(counts, 6), expected)
+        # Sums of squares beyond the range of float16.
+        assert torch.equal(model.forecast(counts.half(), 6), expected)
+        loss = model(input_values=counts, future_values=counts[:, :4], time_deltas=torch.ones(3, 17).long()).loss
+        assert torch.equal(loss, model(input_values=counts.float(), future_values=counts[:, :4].float()).loss)
+
+
+@torch.no_grad()
+def test_a_mean_over_many_steps_in_half_precision():
+    model = series_model().half()
+    model.score.bias.fill_(100.0)
+    series = random_series(rows=2, steps=1000)
+    logits = model(input_values=series, attention_mask=torch.ones(2, 1000)).logits
+    assert torch.allclose(logits, model(input_values=series).logits, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
         ({}, {"horizon": 0}, "horizon"),
+        ({}, {"past_values": torch.ones(17)}, "past_values.*shape"),
+        ({"quantiles": [0.9]}, {"horizon": 5}, "horizon.*4.*median"),
         ({"prediction_length": None}, {}, "prediction_length"),
         ({"bidirectional": True}, {"horizon": 5}, "horizon.*4.*bidirectional"),
         ({"patch_length": 5}, {"horizon": 5}, "horizon.*4.*patches of 5"),
@@ -337,7 +449,24 @@ def test_other_misuse_is_refused_by_name():
         series_model(bidirectional=True)(input_values=series, use_cache=True)
     with pytest.raises(ValueError, match="position_ids"):
         series_model(patch_length=2)(input_values=series, position_ids=torch.arange(17).expand(3, -1))
+    for changes in ({"scaling": "std"}, {"prediction_length": 4}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}.*position_ids"):
+            forecaster(**changes)(input_values=series, position_ids=torch.arange(17).expand(3, -1))
+    for argument in ("observed_mask", "time_features", "static_real_features", "statistics"):
+        with pytest.raises(ValueError, match=f"{argument}.*inputs_embeds"):
+            series_model(LrcSSMModel)(inputs_embeds=torch.ones(1, 2, 32), **{argument: series})
+    with pytest.raises(ValueError, match="patch_length.*inputs_embeds"):
+        series_model(patch_length=2)(inputs_embeds=torch.ones(1, 2, 32))
+    with pytest.raises(ValueError, match="logits_to_keep.*prediction_length"):
+        series_model(LrcSSMForSequenceModeling)(input_values=series, logits_to_keep=1)
+    with pytest.raises(ValueError, match="attention_mask.*shape"):
+        model(input_values=series, attention_mask=torch.ones(17))
+    statistics = series_statistics(series, torch.ones_like(series, dtype=torch.bool))
+    with pytest.raises(ValueError, match="statistics.*scaling"):
+        series_model()(input_values=series, statistics=statistics)
     scaled = series_model(LrcSSMModel, scaling="std")
+    with pytest.raises(ValueError, match=r"statistics.*\(3, 1, 3\)"):
+        scaled(input_values=series, statistics=(statistics[0][0], statistics[1]))
     cache = scaled(input_values=series, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="statistics"):
         scaled(input_values=series, past_key_values=cache)
@@ -353,9 +482,11 @@ def test_other_misuse_is_refused_by_name():
         {"num_time_features": -1},
         {"num_static_real_features": -1},
         {"prediction_length": 0},
-        {"quantiles": []},
-        {"quantiles": [0.5, 0.2]},
-        {"quantiles": [0.0, 0.5]},
+        {"quantiles": [], "prediction_length": 2},
+        {"quantiles": [0.5, 0.2], "prediction_length": 2},
+        {"quantiles": [0.0, 0.5], "prediction_length": 2},
+        {"quantiles": [0.5]},
+        {"bidirectional": True, "num_hidden_layers": 1},
         {"patch_length": 2, "num_channels": None},
         {"scaling": "std", "num_channels": None},
         {"num_time_features": 1, "num_channels": None},

@@ -36,8 +36,13 @@ from transformers import SchedulerType
 from transformers.utils import ModelOutput
 
 from cpu_processes import start_missing_processes
-from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling
-from lrcssm_hf.series import observed_values, series_statistics
+from lrcssm_hf import (
+    LrcSSMConfig,
+    LrcSSMForSequenceClassification,
+    LrcSSMForSequenceModeling,
+    series_statistics,
+)
+from lrcssm_hf.series import observed_values
 from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores, whole_files
 from series_data import SeriesData, add_series_arguments, channel_statistics, collate, load_series, make_rows, split
 from series_rivals import MIXERS, build
@@ -196,7 +201,7 @@ class MaskedSpans(nn.Module):
     ) -> ModelOutput:
         """The arguments of the classifier, whose labels are not looked at."""
         mask = None if attention_mask is None else attention_mask.bool()
-        observed = observed_values(input_values, mask, observed_mask)
+        values, observed = observed_values(input_values, mask, observed_mask)
         hidden = self.hide(*input_values.shape[:2], input_values.device).unsqueeze(-1)
         visible, target = observed & ~hidden, observed & hidden
         predicted = self.model(
@@ -206,9 +211,9 @@ class MaskedSpans(nn.Module):
             time_deltas=time_deltas,
         ).logits
         if self.model.config.scaling is not None:
-            mean, deviation = series_statistics(input_values, visible)
-            input_values = (input_values - mean) / deviation
-        error = F.mse_loss(predicted.float(), input_values.float(), reduction="none").masked_fill(~target, 0)
+            mean, deviation = series_statistics(values, visible)
+            values = (values - mean) / deviation
+        error = F.mse_loss(predicted.float(), values, reduction="none").masked_fill(~target, 0)
         return ModelOutput(loss=error.sum() / target.sum().clamp(min=1))
 
     def hide(self, batch: int, steps: int, device: torch.device) -> Tensor:
