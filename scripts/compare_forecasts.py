@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from forecast_report import Results  # noqa: E402
 from forecast_series import Study, parse_args  # noqa: E402
-from series_training import write_whole  # noqa: E402
+from whole_files import write_whole  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -27,6 +26,11 @@ from transformers import AutoTokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from whole_files import write_whole  # noqa: E402
+
+
 SEEDS = (0, 1, 2)
 
 
@@ -200,11 +204,7 @@ def main() -> None:
     study = STUDIES[args.study]
     results = compare(study, args.runs_dir)
     for name, text in {study.output: json.dumps(results, indent=1) + "\n", study.table: table(results)}.items():
-        path = ROOT / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"partial-{path.name}")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(ROOT / name, text)
     print(table(results))
 
 

@@ -42,7 +42,7 @@ RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import PAPER_SEEDS, classify, mean_and_deviation, parse_args  # noqa: E402
-from series_training import write_whole  # noqa: E402
+from whole_files import write_whole  # noqa: E402
 
 
 matplotlib.use("Agg")

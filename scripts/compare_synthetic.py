@@ -33,8 +33,8 @@ RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import mean_and_deviation  # noqa: E402
-from series_training import write_whole  # noqa: E402
 from synthetic_tasks import TASKS, parse_args, plot_accuracy, run_seeds  # noqa: E402
+from whole_files import write_whole  # noqa: E402
 
 
 matplotlib.use("Agg")

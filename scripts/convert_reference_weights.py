@@ -11,9 +11,7 @@ The arrays of IN.npz have the names of their modules: `encoder.layers.0.weight`,
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-import zipfile
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,11 @@ import torch
 from torch import Tensor
 
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from whole_files import whole_files
 
 
 # The names of a layer's neurons' parameters: ours -> theirs.
@@ -43,9 +46,13 @@ def read(path: str) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(array) for name, array in file.items()}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path!r} cannot be read as an .npz file of arrays: {error}") from error
-    if any(name.startswith("cells.") and name.endswith("re") for name in arrays):
+    # numpy raises whatever the parser of the format at hand raises, and gives an array for an .npy file.
+    except Exception as error:
+        raise ValueError(f"{path!r} cannot be read as an .npz file of arrays of numbers: {error}") from error
+    for name, array in arrays.items():
+        if not array.is_floating_point() and not array.is_complex():
+            raise ValueError(f"{name!r} in {path!r} holds {array.dtype}, not real numbers.")
+    if any(array.is_complex() or (name.startswith("cells.") and name.endswith("re")) for name, array in arrays.items()):
         raise ValueError(f"{path!r} has complex states, for which the model has no configuration.")
     return arrays
 
@@ -59,11 +66,13 @@ def convert(arrays: dict[str, Tensor], elastance: str = "asymmetric") -> LrcSSMF
     layers = len({name.split(".")[1] for name in arrays if name.startswith("cells.")})
 
     def array(name: str) -> Tensor:
-        if name not in arrays:
-            raise ValueError(f"The weights have no {name!r}; is this the authors' classifier?")
+        if name not in arrays or arrays[name].dim() == 0:
+            raise ValueError(f"The weights have no array {name!r}; is this the authors' classifier?")
         return arrays[name]
 
     encoder, mlp = array("encoder.layers.0.weight"), array("mlps.0.layers.0.weight")
+    if encoder.dim() != 2:
+        raise ValueError(f"'encoder.layers.0.weight' must be a matrix, got shape {tuple(encoder.shape)}.")
     config = LrcSSMConfig(
         block_type="paper",
         num_channels=encoder.shape[1],
@@ -108,10 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model = convert(read(args.weights), args.elastance)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.output_dir) as partial:
+        with whole_files(args.output_dir) as partial:
             model.save_pretrained(partial)
-            for path in Path(partial).iterdir():
-                os.replace(path, args.output_dir / path.name)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{model.num_parameters():,} parameters in {args.output_dir}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,11 @@ from lrcssm_hf import LrcSSMConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from whole_files import whole_files
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -228,12 +233,10 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
 def write_card(folder: Path, repo_id: str) -> None:
     """The card and the plot it shows, both moved into place when they are whole."""
     card = make_card(folder, repo_id)
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        card.save(Path(partial) / "README.md")
+    with whole_files(folder) as partial:
+        card.save(partial / "README.md")
         if curves := (read_comparison(folder) or {}).get("curves"):
-            draw_curves(curves, Path(partial) / "comparison.png")
-        for path in Path(partial).iterdir():
-            path.replace(folder / path.name)
+            draw_curves(curves, partial / "comparison.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

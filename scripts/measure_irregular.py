@@ -33,7 +33,8 @@ from classify_series import PAPER_SEEDS, accuracy, predict  # noqa: E402
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification  # noqa: E402
 from pretrain import describe_environment  # noqa: E402
 from series_data import channel_statistics, check, collate, load_archive, make_rows, split  # noqa: E402
-from series_training import fit, write_whole  # noqa: E402
+from series_training import fit  # noqa: E402
+from whole_files import write_whole  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"
@@ -102,14 +103,18 @@ def measure(name: str, seed: int, accelerator: Accelerator) -> dict:
             distance = (probabilities - whole).abs().sum(-1).mean().item() / 2
             measured[way] = {"distance": distance, "accuracy": right}
         results["by_share_kept"][str(share)] = measured
-    return results
+    return {**results, **describe_environment(accelerator)}
 
 
 def table(results: dict) -> str:
-    hardware, versions = results["environment"]["hardware"], results["environment"]["versions"]
+    environments = {
+        f"{run['hardware']['device']}, torch {run['versions']['torch']}"
+        for runs in results["sets"].values()
+        for run in runs.values()
+    }
     lines = [
         f"Distance of class probabilities from those for the whole series, and accuracy, mean of {len(SEEDS)} seeds; "
-        f"{hardware['device']}, torch {versions['torch']}.",
+        f"{' and '.join(sorted(environments))}.",
         "",
         "| set | steps kept | distance with `time_deltas` | without | accuracy whole | with | without |",
         "|---|---|---|---|---|---|---|",
@@ -136,7 +141,6 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator()
     path = args.results_dir / "irregular_sampling.json"
     results = json.loads(path.read_text()) if path.exists() else {"sets": {}}
-    results["environment"] = describe_environment(accelerator)
     for name, seed in tqdm([(name, seed) for name in DATA_SETS for seed in SEEDS], desc="Runs"):
         runs = results["sets"].setdefault(name, {})
         if str(seed) not in runs:

@@ -149,6 +149,41 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_no_bad_checkpoint(
     assert not list(tmp_path.glob("*checkpoint-*")) and not (tmp_path / "model.safetensors").exists()
 
 
+def test_vectors_and_mambas_rates_do_not_decay():
+    config = transformers.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    decaying, constant = (group["params"] for group in pretrain.make_optimizer(model, 1e-3, 0.1).param_groups)
+    assert pretrain.make_optimizer(model, 1e-3, 0.1).param_groups[1]["weight_decay"] == 0
+    rates = model.backbone.layers[0].mixer.A_log
+    assert any(p is rates for p in constant) and all(p.dim() >= 2 for p in decaying)
+    assert len(decaying) + len(constant) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 4),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 4),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 2),
+    ],
+    ids=str,
+)
+def test_processes_share_all_cores_unless_the_user_says_otherwise(variables, threads, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        pretrain.use_all_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_processes(text_file, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     result = run(*SMALL, "--train_file", text_file, "--output_dir", tmp_path, launch=launch)

@@ -73,7 +73,10 @@ def test_converted_folder(name, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("cells.1.weight_mu"), "no 'cells.1.weight_mu'"),
+        (lambda data: data.pop("cells.1.weight_mu"), "no array 'cells.1.weight_mu'"),
+        (lambda data: data.update({"encoder.layers.0.weight": torch.zeros(3)}), "must be a matrix"),
+        (lambda data: data.update({"encoder.layers.0.weight": torch.tensor(3.0)}), "no array"),
+        (lambda data: data.update({"encoder.layers.0.bias": torch.arange(3)}), "int64, not real"),
         (lambda data: data.update({"mlps.0.layers.1.bias": torch.zeros(3)}), "do not fit together"),
     ],
 )
@@ -89,7 +92,9 @@ def test_other_weights_are_refused_by_name(change, message, tmp_path, capsys):
 
 def test_other_files_are_refused(tmp_path, capsys):
     (tmp_path / "weights.npz").write_text("not an archive")
-    for name in ("weights.npz", "missing.npz"):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "words.npz", word=np.array("word"))
+    for name in ("weights.npz", "missing.npz", "array.npy", "words.npz"):
         with pytest.raises(SystemExit):
             main([str(tmp_path / name), str(tmp_path / "model")])
         assert "cannot be read" in capsys.readouterr().err

@@ -43,10 +43,11 @@ from lrcssm_hf import (
     series_statistics,
 )
 from lrcssm_hf.series import observed_values
-from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores, whole_files
+from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
 from series_data import SeriesData, add_series_arguments, channel_statistics, collate, load_series, make_rows, split
 from series_rivals import MIXERS, build
-from series_training import fit, write_whole
+from series_training import fit
+from whole_files import whole_files, write_whole
 
 
 matplotlib.use("Agg")
@@ -65,6 +66,7 @@ PRESETS = {
         "model": "lrcssm",
         "learning_rate": [3e-3],
         "weight_decay": 0.01,
+        "adam_beta2": 0.95,
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 100,
         "patience": 30,
@@ -77,6 +79,7 @@ PRESETS = {
         "model": "lrcssm-paper",
         "learning_rate": [1e-4, 1e-3],
         "weight_decay": 0.0,
+        "adam_beta2": 0.999,
         "lr_scheduler_type": "constant",
         "num_train_epochs": 3000,
         "patience": 1000,
@@ -101,6 +104,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train = parser.add_argument_group("training")
     train.add_argument("--learning_rate", type=float, nargs="+", help="Each is tried; validation chooses.")
     train.add_argument("--weight_decay", type=float, help="Of matrices; vectors do not decay.")
+    train.add_argument("--adam_beta2", type=float)
     schedules = [schedule.value for schedule in SchedulerType]
     train.add_argument("--lr_scheduler_type", choices=schedules, help="Over the epochs.")
     train.add_argument("--num_train_epochs", type=int, help="At most.")
@@ -242,6 +246,7 @@ def pretrain_trunk(classifier: nn.Module, loaders: dict, accelerator: Accelerato
         score=score,
         seed=seed,
         weight_decay=args.weight_decay,
+        adam_beta2=args.adam_beta2,
         lr_scheduler_type=args.lr_scheduler_type,
         description="Pretraining",
     )
@@ -305,6 +310,7 @@ def train_network(
             score=score,
             seed=seed,
             weight_decay=args.weight_decay,
+            adam_beta2=args.adam_beta2,
             lr_scheduler_type=args.lr_scheduler_type,
             description=f"Seed {seed}, learning rate {rate:g}",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from series_training import write_whole
+from whole_files import whole_files, write_whole
 
 
 matplotlib.use("Agg")
@@ -230,11 +230,9 @@ def _in_units(run: dict, values: list) -> np.ndarray:
 
 
 def _save(figure, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"partial-{path.name}")
-    figure.savefig(partial, dpi=130)
+    with whole_files(path.parent) as partial:
+        figure.savefig(partial / path.name, dpi=130)
     plt.close(figure)
-    partial.replace(path)
 
 
 def write_report(folder: Path) -> str:

@@ -31,7 +31,8 @@ from forecast_report import best_rate, middle, read_run, write_report
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
 from series_rivals import MIXERS, build
-from series_training import FitResult, fit, write_whole
+from series_training import FitResult, fit
+from whole_files import write_whole
 
 
 MODELS = (*MIXERS, "patchtst", "seasonal-naive")

@@ -22,7 +22,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +50,7 @@ import lrcssm_hf
 from cpu_processes import start_missing_processes
 from evaluate import nats_per_token, use_compiled_mamba
 from text_data import add_data_arguments, load_blocks, load_tokenizer
+from whole_files import whole_files
 
 
 matplotlib.use("Agg")
@@ -151,7 +151,9 @@ def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrained
     return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **tokens, **values})
 
 
-def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, adam_beta2: float = 0.95
+) -> torch.optim.AdamW:
     """AdamW; the neurons' parameters, biases and norms are vectors and do not decay, nor do Mamba's rates, as its
     authors train it."""
     decaying, constant = [], []
@@ -163,7 +165,7 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: f
         {"params": decaying, "weight_decay": weight_decay},
         {"params": constant, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), fused=True)
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
@@ -176,15 +178,6 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     if not (path / "random_states_0.pkl").is_file():
         raise ValueError(f"--resume_from_checkpoint {name!r} is not a checkpoint folder.")
     return path
-
-
-@contextlib.contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose files are moved into this one when all of them are written."""
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        yield Path(partial)
-        for path in Path(partial).iterdir():
-            os.replace(path, folder / path.name)
 
 
 def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> None:
@@ -470,12 +463,12 @@ def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> boo
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` allows a CPU process a single thread unless it is told otherwise; share out all cores.
-    Without it, OMP_NUM_THREADS is the user's word."""
+    """`accelerate launch` and `torchrun` allow a CPU process a single thread unless they are told otherwise; share out
+    all cores. Without them, OMP_NUM_THREADS is the user's word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "OMP_NUM_THREADS" not in os.environ
-    if torch.get_num_threads() == 1 and threads > 1 and is_launched:
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if torch.get_num_threads() == 1 and threads > 1 and (is_launched or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(threads)
 
 

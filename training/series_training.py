@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,6 +45,7 @@ def fit(
     score: Callable[[torch.nn.Module, DataLoader], Score],
     seed: int,
     weight_decay: float = 0.01,
+    adam_beta2: float = 0.95,
     max_grad_norm: float = 1.0,
     lr_scheduler_type: str = "cosine",
     description: str = "Training",
@@ -62,7 +61,7 @@ def fit(
         ValueError: the loss is not finite in the first epoch.
     """
     set_seed(seed)
-    optimizer = make_optimizer(model, learning_rate, weight_decay)
+    optimizer = make_optimizer(model, learning_rate, weight_decay, adam_beta2)
     trained, optimizer, train, validation = accelerator.prepare(
         model, optimizer, loaders["train"], loaders["validation"]
     )
@@ -108,11 +107,3 @@ def _train_epoch(model, optimizer, loader: DataLoader, accelerator: Accelerator,
         sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
     total, count = accelerator.reduce(sums, reduction="sum").tolist()
     return total / count
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file with this text, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

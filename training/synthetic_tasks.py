@@ -53,7 +53,7 @@ from cpu_processes import start_missing_processes
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, make_optimizer, parse_overrides, use_all_cores
 from series_rivals import MIXERS, build
-from series_training import write_whole
+from whole_files import write_whole
 
 
 matplotlib.use("Agg")

@@ -1,0 +1,26 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Files that are there whole or not at all, whenever a script is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved into this one when all of them are written."""
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        yield Path(partial)
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_files(path.parent) as partial:
+        (partial / path.name).write_text(text, encoding="utf-8")
