@@ -258,7 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     study = STUDIES[args.study]
     # Read by the workers' libraries when they are imported.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as workers:
         try:
             print(tables(compare(study, args.data_dir, args.runs_dir, workers.map)))

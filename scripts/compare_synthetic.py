@@ -3,7 +3,7 @@
 
     python scripts/compare_synthetic.py
 
-trains every model on every task of STEPS with training/synthetic_tasks.py, each pair in a folder of its own under
+trains every model on every task of TRAINING with training/synthetic_tasks.py, each pair in a folder of its own under
 --runs_dir, and writes `state_tracking.json`, its tables and its plot to scripts/results, after every seed. A finished
 run is not run again, so that an interrupted comparison goes on where it was.
 """
@@ -41,8 +41,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-# Training steps, and what is tracked.
-STEPS = {"parity": 1500, "mod3": 1500, "s3": 3000}
+# How each task is trained, for all models.
+TRAINING = {
+    "parity": "--max_train_steps 1500",
+    "mod3": "--max_train_steps 1500",
+    "s3": "--max_train_steps 4000 --weight_decay 0.01",
+}
 TITLES = {"parity": "parity", "mod3": "counting modulo 3", "s3": "composition of permutations, S3"}
 MODELS = {"lrcssm": "LrcSSM", "lru": "LRU", "s5": "S5", "mamba": "Mamba", "transformer": "Transformer"}
 SEEDS = (0, 1, 2)
@@ -60,13 +64,12 @@ def run(arguments: list[str]) -> dict:
 
 def compare(runs_dir: str, run_all: Callable, output: Path = RESULTS) -> dict:
     """Runs what is not there yet with `run_all(run, lists of arguments)`, a `map`; writes and returns the results."""
-    results = {"runs": {task: {model: [] for model in MODELS} for task in STEPS}}
-    pairs = [(task, model) for task in STEPS for model in MODELS]
+    results = {"runs": {task: {model: [] for model in MODELS} for task in TRAINING}}
+    pairs = [(task, model) for task in TRAINING for model in MODELS]
     with tqdm(total=len(pairs) * len(SEEDS), desc="Runs") as bar:
         for seed in SEEDS:
             plans = [
-                f"--task {task} --model {model} --max_train_steps {STEPS[task]} --seeds {seed} "
-                f"--output_dir {runs_dir}/{task}-{model}"
+                f"--task {task} --model {model} {TRAINING[task]} --seeds {seed} --output_dir {runs_dir}/{task}-{model}"
                 for task, model in pairs
             ]
             for (task, model), record in zip(pairs, run_all(run, map(shlex.split, plans))):
@@ -114,7 +117,7 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    figure, panels = plt.subplots(1, len(STEPS), figsize=(4.2 * len(STEPS), 3.8), sharey=True)
+    figure, panels = plt.subplots(1, len(TRAINING), figsize=(4.2 * len(TRAINING), 3.8), sharey=True)
     for axes, (task, by_model) in zip(panels, results["runs"].items()):
         for model, runs in by_model.items():
             plot_accuracy(axes, MODELS[model], runs)
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=1, help="Runs at a time, of one thread each (default 1).")
     args = parser.parse_args()
     # Read by the workers' libraries when they are imported.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as workers:
         try:
             print(table(compare(args.runs_dir, workers.map)))
