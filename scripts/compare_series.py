@@ -49,7 +49,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-BUNDLED = ("BasicMotions", "JapaneseVowels", "ACSF1", "ArrowHead", "OSULeaf", "GunPoint", "ItalyPowerDemand")
+BUNDLED = ("BasicMotions", "JapaneseVowels", "ACSF1", "ArrowHead", "OSULeaf", "GunPoint")
 LONG = ("SelfRegulationSCP1", "EthanolConcentration")
 NOT_A_NETWORK = "MiniRocket"
 BUDGET = "--num_train_epochs 60 --patience 20"

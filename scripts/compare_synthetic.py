@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 TRAINING = {
     "parity": "--max_train_steps 1500",
     "mod3": "--max_train_steps 1500",
-    "s3": "--max_train_steps 4000 --weight_decay 0.01",
+    "s3": "--max_train_steps 8000 --weight_decay 0.01",
 }
 TITLES = {"parity": "parity", "mod3": "counting modulo 3", "s3": "composition of permutations, S3"}
 MODELS = {"lrcssm": "LrcSSM", "lru": "LRU", "s5": "S5", "mamba": "Mamba", "transformer": "Transformer"}

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lrcssm_hf  # noqa: F401  registers the model
-from text_data import add_data_arguments, load_blocks
+from text_data import add_data_arguments, document_positions, load_blocks
 
 
 def use_compiled_mamba(model, accelerator: Accelerator) -> None:
@@ -25,15 +27,25 @@ def use_compiled_mamba(model, accelerator: Accelerator) -> None:
         compile_mamba_for_cpu()
 
 
+def model_inputs(model: PreTrainedModel, ids: Tensor, end: int | None) -> dict:
+    """Arguments for a block of token ids (B, T), in which texts that `end` ends are kept apart if the model can."""
+    inputs = {"input_ids": ids, "use_cache": False}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = document_positions(ids, end)
+    return inputs
+
+
 @torch.no_grad()
-def nats_per_token(model, blocks: DataLoader, accelerator: Accelerator, progress: bool = False) -> float:
+def nats_per_token(
+    model: PreTrainedModel, blocks: DataLoader, accelerator: Accelerator, end: int | None, progress: bool = False
+) -> float:
     """Mean negative log-likelihood of the tokens of all blocks but each block's first."""
     training = model.training
     model.eval()
     losses = []
     for batch in tqdm(blocks, desc="Evaluating", disable=not (progress and accelerator.is_main_process), leave=False):
         ids = batch["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end)).logits[:, :-1].float()
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
         losses.append(accelerator.gather_for_metrics(loss))
     model.train(training)
@@ -49,14 +61,14 @@ def main() -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-        blocks, tokens_per_byte = load_blocks(args, tokenizer)
+        blocks = load_blocks(args, tokenizer)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     accelerator = Accelerator()
     use_compiled_mamba(model, accelerator)
-    loader = DataLoader(blocks["validation"], batch_size=args.per_device_eval_batch_size)
-    loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, progress=True)
-    accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * tokens_per_byte}))
+    loader = DataLoader(blocks.validation, batch_size=args.per_device_eval_batch_size)
+    loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, tokenizer.eos_token_id, progress=True)
+    accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * blocks.tokens_per_byte}))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
-import shutil
+import signal
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +33,10 @@ import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from datasets import DatasetDict
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -47,9 +51,10 @@ from transformers import (
 )
 
 import lrcssm_hf
+from checkpoints import StopSignals, find_checkpoint, remove_partial, save_checkpoint
 from cpu_processes import start_missing_processes
-from evaluate import nats_per_token, use_compiled_mamba
-from text_data import add_data_arguments, load_blocks, load_tokenizer
+from evaluate import model_inputs, nats_per_token, use_compiled_mamba
+from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
 from whole_files import whole_files
 
 
@@ -88,11 +93,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
     train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
     train.add_argument("--gradient_checkpointing", action="store_true")
+    train.add_argument("--peak_tflops", type=float, help="Of a device, to report the share of it that is used.")
     train.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="runs/lrcssm-python", help="Default runs/lrcssm-python.")
     output.add_argument("--checkpointing_steps", help="Save the training state every so many steps, or every 'epoch'.")
-    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest'.")
+    output.add_argument("--save_total_limit", type=int, default=3, help="Checkpoints to keep (default 3).")
+    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest', the last intact one.")
     output.add_argument("--with_tracking", action="store_true", help="Report to the trackers of --report_to.")
     output.add_argument("--report_to", default="all", help="all, tensorboard, wandb, trackio, ...")
     output.add_argument("--push_to_hub", action="store_true", help="Upload the finished model.")
@@ -105,11 +112,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
-    for name in [*counts, "max_eval_samples", "max_train_steps"]:
+    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
         parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
+    if args.streaming and (args.num_train_epochs is not None or args.checkpointing_steps == "epoch"):
+        parser.error("--streaming: a stream has no epochs; give --max_train_steps and --checkpointing_steps in steps.")
     if args.model_name_or_path and args.config_overrides:
         parser.error("--config_overrides is for a new model; --model_name_or_path has its configuration.")
     return args
@@ -168,18 +177,6 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), fused=True)
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
-    if name == "latest":
-        checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        if not checkpoints:
-            raise ValueError(f"--resume_from_checkpoint latest: there is no checkpoint in {folder}.")
-        return checkpoints[-1]
-    path = Path(name)
-    if not (path / "random_states_0.pkl").is_file():
-        raise ValueError(f"--resume_from_checkpoint {name!r} is not a checkpoint folder.")
-    return path
-
-
 def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> None:
     """The model folder's files, each moved into place when all of them are written."""
     state_dict = accelerator.get_state_dict(model)
@@ -228,18 +225,15 @@ class Inputs(NamedTuple):
     """What a run is made of, once everything that can be refused before training has been checked."""
 
     folder: Path
-    checkpoint: Path | None
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    blocks: DatasetDict
-    tokens_per_byte: float
+    blocks: Blocks
     repository: str | None
 
 
 def prepare(args: argparse.Namespace) -> Inputs:
     """Raises a `ValueError` (or what the libraries raise in its place) for anything that cannot be used."""
     folder = make_folder(args.output_dir)
-    checkpoint = find_checkpoint(folder, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if args.model_name_or_path:
         try:
             model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
@@ -251,28 +245,37 @@ def prepare(args: argparse.Namespace) -> Inputs:
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
-    blocks, tokens_per_byte = load_blocks(args, tokenizer)
+    blocks = load_blocks(args, tokenizer, args.seed)
     repository = None
     if args.push_to_hub:
         repository = HfApi().create_repo(args.hub_model_id or folder.name, exist_ok=True).repo_id
-    return Inputs(folder, checkpoint, tokenizer, model, blocks, tokens_per_byte, repository)
+    return Inputs(folder, tokenizer, model, blocks, repository)
 
 
 class Training:
-    """A run: model, optimizer, schedule and data under Accelerate, and how far it has come."""
+    """A run: model, optimizer, schedule and data under Accelerate, and how far it has come.
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, inputs: Inputs):
+    What a checkpoint remembers beside what Accelerate saves are the attributes of `PROGRESS` and the place in a stream.
+    """
+
+    PROGRESS = ("step", "tokens", "seconds", "epoch", "batches", "skipped_steps", "loss_spikes", "usual_loss")
+    # A loss stands out that is so many standard deviations above its running mean, when that is of enough steps.
+    SPIKE, SETTLED, DECAY = 6, 100, 0.98
+    SKIPPED_IN_A_ROW = 20  # and no further.
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, inputs: Inputs, checkpoint: Path | None):
         self.args, self.accelerator, self.folder = args, accelerator, inputs.folder
         blocks, batch_size = inputs.blocks, args.per_device_train_batch_size
+        self.end, self.tokens_per_byte = inputs.tokenizer.eos_token_id, blocks.tokens_per_byte
+        self.stream = blocks.train if args.streaming else None
         loader = DataLoader(
-            blocks["train"],
+            blocks.train,
             batch_size=batch_size,
-            shuffle=True,
-            drop_last=len(blocks["train"]) >= batch_size * accelerator.num_processes,
-            # Its own, so that making an iterator does not draw from the state that a checkpoint restores.
+            shuffle=not args.streaming,
+            drop_last=not args.streaming and len(blocks.train) >= batch_size * accelerator.num_processes,
             generator=torch.Generator().manual_seed(args.seed),
         )
-        held_out = blocks["validation"]
+        held_out = blocks.validation
         curve = held_out.select(range(min(args.max_eval_samples, len(held_out))))
         held_out_loader = DataLoader(held_out, batch_size=args.per_device_eval_batch_size)
         curve_loader = DataLoader(curve, batch_size=args.per_device_eval_batch_size)
@@ -280,7 +283,9 @@ class Training:
         self.model, self.optimizer, self.loader, self.held_out, self.curve = accelerator.prepare(
             inputs.model, optimizer, loader, held_out_loader, curve_loader
         )
-        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
+        self.steps_per_epoch = None
+        if not args.streaming:
+            self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.last_step = args.max_train_steps or 450
         if args.max_train_steps is None and args.num_train_epochs is not None:
             self.last_step = max(1, math.ceil(args.num_train_epochs * self.steps_per_epoch))
@@ -289,118 +294,187 @@ class Training:
             optimizer=self.optimizer,
             num_warmup_steps=self.last_step // 20 if args.num_warmup_steps is None else args.num_warmup_steps,
             num_training_steps=self.last_step,
-            scheduler_specific_kwargs={"min_lr_rate": 0.05} if args.lr_scheduler_type == "cosine_with_min_lr" else None,
+            scheduler_specific_kwargs={
+                "cosine_with_min_lr": {"min_lr_rate": 0.05},
+                "warmup_stable_decay": {"num_decay_steps": self.last_step // 5},
+            }.get(args.lr_scheduler_type),
         )
-        sequences_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        self.tokens_per_step = sequences_per_step * args.block_size
+        self.sequences_per_batch = batch_size * accelerator.num_processes
+        self.tokens_per_step = self.sequences_per_batch * args.gradient_accumulation_steps * args.block_size
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.epoch, self.batches = 0, 0  # How many batches of this epoch, or of the stream, have been read.
+        self.skipped_steps, self.loss_spikes, self.usual_loss = 0, 0, (0.0, 0.0)
         accelerator.register_for_checkpointing(self.scheduler, self)
-        if inputs.checkpoint is not None:
-            accelerator.load_state(str(inputs.checkpoint))
-        self.metrics = Metrics(self.folder, self.step) if accelerator.is_main_process else None
+        if checkpoint is not None:
+            accelerator.load_state(str(checkpoint))
+            accelerator.print(f"Going on from {checkpoint}.")
+        self.metrics = None
+        if accelerator.is_main_process:
+            remove_partial(self.folder)
+            self.metrics = Metrics(self.folder, self.step)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        size = "a stream of"
+        if not args.streaming:
+            size = f"{len(blocks.train) * args.block_size / 1e6:.1f} M"
         accelerator.print(
-            f"{self.parameters / 1e6:.2f} M parameters, {len(blocks['train']) * args.block_size / 1e6:.1f} M training "
-            f"tokens, {self.last_step} steps of {self.tokens_per_step:,} tokens on {accelerator.num_processes} x "
-            f"{accelerator.device.type} ({torch.get_num_threads()} threads)"
+            f"{self.parameters / 1e6:.2f} M parameters, {size} training tokens, {self.last_step} steps of "
+            f"{self.tokens_per_step:,} tokens on {accelerator.num_processes} x {accelerator.device.type} "
+            f"({torch.get_num_threads()} threads)"
         )
 
     def state_dict(self) -> dict:
-        """What a checkpoint remembers beside what Accelerate saves."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        state = {name: getattr(self, name) for name in self.PROGRESS}
+        if self.stream is not None:
+            state["place"] = self.stream.place(self.batches * self.sequences_per_batch)
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+        if self.stream is not None:
+            self.stream.go_to(state["place"])
 
-    def run(self) -> None:
-        """The steps that are left, with the curve, the progress bar and the checkpoints."""
+    def run(self) -> signal.Signals | None:
+        """The steps that are left, with the curve, the progress bar and the checkpoints. SIGTERM and Ctrl-C end it
+        after the step at hand, with a checkpoint; returns which it was.
+
+        Raises:
+            ValueError: the loss is not finite.
+            OSError: a file could not be written.
+        """
         args, accelerator = self.args, self.accelerator
-        epoch, steps_done = divmod(self.step, self.steps_per_epoch)
-        batches_done = steps_done * args.gradient_accumulation_steps
-        bar = tqdm(total=self.last_step, initial=self.step, desc="Training", disable=not accelerator.is_main_process)
-        sums = torch.zeros(2, device=accelerator.device)  # of the losses since the last look at them, and their number
+        losses = []  # of the steps since the last look at them
         start = time.perf_counter() - self.seconds
         self.model.train()
-        while self.step < self.last_step:
-            self.loader.set_epoch(epoch)
-            batches = accelerator.skip_first_batches(self.loader, batches_done) if batches_done else self.loader
-            epoch, batches_done = epoch + 1, 0
-            for batch in batches:
-                ids = batch["input_ids"]
-                with accelerator.accumulate(self.model):
-                    loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-                sums += torch.stack([loss.detach().float(), torch.ones_like(sums[0])])
-                self.tokens += ids.numel() * accelerator.num_processes
-                if not accelerator.sync_gradients:
-                    continue
+        bar = tqdm(total=self.last_step, initial=self.step, desc="Training", disable=not accelerator.is_main_process)
+        with bar, StopSignals() as stop:
+            for loss in self.steps():
                 learning_rate = self.scheduler.get_last_lr()[0]
                 self.scheduler.step()
                 self.step += 1
                 bar.update()
+                loss, stops = self.agree(loss, stop.received is not None)
+                if not math.isfinite(loss):
+                    raise ValueError(f"The loss is {loss} at step {self.step}; lower --learning_rate.")
+                self.watch(loss)
+                losses.append(loss)
                 is_last = self.step == self.last_step
                 evaluate = self.step % args.eval_steps == 0 and not is_last
-                save = is_multiple(self.step, args.checkpointing_steps, self.steps_per_epoch)
+                save = stops or is_multiple(self.step, args.checkpointing_steps, self.steps_per_epoch)
                 if self.step % 10 == 0 or evaluate or save or is_last:
-                    total, count = accelerator.reduce(sums, reduction="sum").tolist()
-                    sums.zero_()
-                    if not math.isfinite(total):
-                        bar.close()
-                        accelerator.print(f"error: the loss is {total} at step {self.step}; lower --learning_rate.")
-                        raise SystemExit(1)
                     self.seconds = time.perf_counter() - start
-                    rate = self.tokens / self.seconds
-                    bar.set_postfix(loss=f"{total / count:.3f}", tokens_per_s=f"{rate:,.0f}")
-                    record = {
-                        "step": self.step,
-                        "tokens": self.tokens,
-                        "train_loss": total / count,
-                        "learning_rate": learning_rate,
-                        "tokens_per_second": rate,
-                    }
-                    if evaluate:
-                        record["validation_loss"] = nats_per_token(self.model, self.curve, accelerator)
-                    accelerator.log(record, step=self.step)
-                    if self.metrics is not None:
-                        self.metrics.add(**record)
+                    self.log(bar, statistics.fmean(losses), learning_rate, evaluate)
+                    losses.clear()
                 if save:
-                    self.save_checkpoint()
+                    save_checkpoint(accelerator, self.folder, self.step, args.save_total_limit)
+                if stops:
+                    return stop.received or signal.SIGTERM
                 if is_last:
-                    break
-        bar.close()
+                    return None
+        return None
 
-    def save_checkpoint(self) -> None:
-        """The training state, under a temporary name until it is whole."""
-        partial, final = self.folder / f"partial-checkpoint-{self.step}", self.folder / f"checkpoint-{self.step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+    def steps(self) -> Iterator[Tensor]:
+        """Optimizer steps, as many as are asked for; the mean loss of each in this process. One whose gradients are not
+        finite is left out, and counted."""
+        if self.step >= self.last_step:
+            return
+        args, accelerator = self.args, self.accelerator
+        losses, in_a_row = [], 0
+        for batch in self.read_batches():
+            ids = batch["input_ids"]
+            inputs = model_inputs(accelerator.unwrap_model(self.model), ids, self.end)
+            with accelerator.accumulate(self.model):
+                loss = self.model(**inputs, labels=ids).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    if norm is None or norm.isfinite():
+                        self.optimizer.step()
+                        in_a_row = 0
+                    else:
+                        self.skipped_steps, in_a_row = self.skipped_steps + 1, in_a_row + 1
+                self.optimizer.zero_grad()
+            losses.append(loss.detach().float())
+            self.tokens += ids.numel() * accelerator.num_processes
+            if accelerator.sync_gradients:
+                yield torch.stack(losses).mean()
+                losses.clear()
+            if in_a_row == self.SKIPPED_IN_A_ROW:
+                raise ValueError(
+                    f"The gradients of {in_a_row} steps up to {self.step} were not finite; lower --learning_rate."
+                )
 
-    def finish(self, tokens_per_byte: float) -> float:
+    def read_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Batches from where the run is, epoch after epoch."""
+        loader = self.loader
+        if self.batches and self.stream is None:
+            loader = self.accelerator.skip_first_batches(self.loader, self.batches)
+        while True:
+            loader.set_epoch(self.epoch)
+            batches = iter(loader)
+            # An iterator draws a seed when it begins, which a run that was not interrupted does at another time.
+            with torch.random.fork_rng(devices=[]):
+                first = next(batches, None)
+            for batch in itertools.chain([] if first is None else [first], batches):
+                self.batches += 1
+                yield batch
+            self.epoch, self.batches, loader = self.epoch + 1, 0, self.loader
+
+    def agree(self, loss: Tensor, stops: bool) -> tuple[float, bool]:
+        """The mean loss over all processes, and whether any of them is to stop."""
+        told = torch.stack([loss, torch.full_like(loss, stops)])
+        loss, stops = self.accelerator.reduce(told, reduction="mean").tolist()
+        return loss, stops > 0
+
+    def watch(self, loss: float) -> None:
+        """Counts a loss that stands out from those before it."""
+        mean, variance = self.usual_loss
+        if self.step > self.SETTLED and loss > mean + self.SPIKE * math.sqrt(variance):
+            self.loss_spikes += 1
+        rest = max(1 - self.DECAY, 1 / self.step)
+        self.usual_loss = mean + rest * (loss - mean), (1 - rest) * (variance + rest * (loss - mean) ** 2)
+
+    def log(self, bar: tqdm, loss: float, learning_rate: float, evaluate: bool) -> None:
+        """A record of metrics, to the file, the trackers and the progress bar."""
+        rate = self.tokens / self.seconds
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "train_loss": loss,
+            "learning_rate": learning_rate,
+            "tokens_per_second": rate,
+            "loss_spikes": self.loss_spikes,
+            "skipped_steps": self.skipped_steps,
+        }
+        shown = {"loss": f"{loss:.3f}", "tokens_per_s": f"{rate:,.0f}"}
+        if self.args.peak_tflops is not None:
+            # 6 operations for every parameter and token, forward and backward (arXiv 2001.08361).
+            used = 6 * self.parameters * rate / self.accelerator.num_processes
+            record["model_flop_utilisation"] = used / (self.args.peak_tflops * 1e12)
+            shown["mfu"] = f"{record['model_flop_utilisation']:.1%}"
+        shown |= {name: getattr(self, name) for name in ("loss_spikes", "skipped_steps") if getattr(self, name)}
+        bar.set_postfix(shown)
+        if evaluate:
+            record["validation_loss"] = nats_per_token(self.model, self.curve, self.accelerator, self.end)
+        self.accelerator.log(record, step=self.step)
+        if self.metrics is not None:
+            self.metrics.add(**record)
+
+    def finish(self) -> float:
         """Measures the whole held-out text, writes the last record and the picture; returns nats per byte."""
-        loss = nats_per_token(self.model, self.held_out, self.accelerator, progress=True)
+        loss = nats_per_token(self.model, self.held_out, self.accelerator, self.end, progress=True)
+        nats_per_byte = loss * self.tokens_per_byte
         if self.metrics is not None:
             self.metrics.add(
                 step=self.step,
                 tokens=self.tokens,
                 validation_loss=loss,
-                validation_nats_per_byte=loss * tokens_per_byte,
+                validation_nats_per_byte=nats_per_byte,
             )
-            self.metrics.plot(
-                f"{self.parameters / 1e6:.2f} M parameters, held out {loss * tokens_per_byte:.3f} nats per byte"
-            )
-        return loss * tokens_per_byte
+            self.metrics.plot(f"{self.parameters / 1e6:.2f} M parameters, held out {nats_per_byte:.3f} nats per byte")
+        return nats_per_byte
 
-    def describe(self, arguments: list[str], blocks: DatasetDict) -> dict:
+    def describe(self, arguments: list[str], blocks: Blocks) -> dict:
         """`training.json`: what a reader needs to judge the run and to repeat it."""
         args, accelerator = self.args, self.accelerator
         launch = ["accelerate", "launch"]
@@ -421,8 +495,8 @@ class Training:
                 "source": source,
                 "dataset": args.dataset_name,
                 "language": "code" if uses_default_data(args) else None,
-                "training_tokens": len(blocks["train"]) * args.block_size,
-                "held_out_tokens": len(blocks["validation"]) * args.block_size,
+                "training_tokens": None if args.streaming else len(blocks.train) * args.block_size,
+                "held_out_tokens": len(blocks.validation) * args.block_size,
                 "block_size": args.block_size,
             },
             "parameters": self.parameters,
@@ -487,10 +561,16 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(args.seed)
     if accelerator.device.type == "cpu":
         use_all_cores()
+    checkpoint = None
+    try:
+        if args.resume_from_checkpoint:
+            checkpoint = find_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
+    except ValueError as refused:
+        error = refused
     # One process downloads, the others read its cache. All of them leave together, also when there is nothing to do.
     with accelerator.main_process_first():
         try:
-            inputs = prepare(args)
+            inputs = None if error else prepare(args)
         except (ValueError, OSError, StrictDataclassError) as refused:
             error = refused
     if error is not None:
@@ -503,11 +583,24 @@ def main(arguments: list[str] | None = None) -> None:
     if args.with_tracking:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
-    training = Training(args, accelerator, inputs)
-    training.run()
-    nats_per_byte = training.finish(inputs.tokens_per_byte)
-    description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
-    save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
+    training = Training(args, accelerator, inputs, checkpoint)
+    try:
+        stopped = training.run()
+        if stopped is None:
+            nats_per_byte = training.finish()
+            description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
+            save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
+    except (ValueError, OSError, SafetensorError) as failed:
+        accelerator.print(f"error: {failed}\nCheckpoints in {inputs.folder} are as they were.")
+        accelerator.end_training()
+        raise SystemExit(1) from None
+    if stopped is not None:
+        accelerator.print(
+            f"Stopped by {stopped.name} after step {training.step}, which checkpoint-{training.step} holds: the same "
+            "command with --resume_from_checkpoint latest goes on from there."
+        )
+        accelerator.end_training()
+        raise SystemExit(128 + stopped)
     accelerator.end_training()
     if accelerator.is_main_process:
         if inputs.repository is not None:

@@ -388,7 +388,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--max_train_length", type=int, default=128)
     train.add_argument("--max_train_steps", type=int, default=1500)
     train.add_argument("--per_device_train_batch_size", type=int, default=32)
-    train.add_argument("--learning_rate", type=float, default=4e-3)
+    train.add_argument("--learning_rate", type=float, default=2e-3)
     train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
     train.add_argument("--max_grad_norm", type=float, default=1.0)
     train.add_argument("--eval_steps", type=int, default=250, help="Steps between points of the record's history.")

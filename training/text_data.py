@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, load_dataset
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from text_stream import TextStream
 
 
 # `pydoc_data` is the language reference as one generated text, not source.
@@ -19,6 +26,7 @@ _NOT_SOURCE = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dis
 _LOADERS = {".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
 _LOADERS |= {".csv": "csv", ".parquet": "parquet"}
 END_OF_TEXT = "<|endoftext|>"
+STREAM_HELD_OUT = 1000
 
 
 def add_text_arguments(parser) -> None:
@@ -34,11 +42,44 @@ def add_data_arguments(parser) -> None:
     """Those flags, and the length of the sequences that a model sees."""
     add_text_arguments(parser)
     parser.add_argument("--block_size", type=int, default=512, help="Tokens per sequence (default 512).")
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help=f"Read the texts as they are needed; of a stream, {STREAM_HELD_OUT} texts at most are held out.",
+    )
 
 
-def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, float]:
-    """What those flags ask for, as `make_blocks` returns it; raises what `load_text` and `make_blocks` raise."""
-    return make_blocks(load_text(args), tokenizer, args.block_size)
+class Blocks(NamedTuple):
+    """Blocks of token ids, `{"input_ids": (block_size,)}`, and the held-out text's tokens per byte, by which nats per
+    token become nats per byte."""
+
+    train: Dataset | TextStream
+    validation: Dataset
+    tokens_per_byte: float
+
+
+def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Blocks:
+    """What those flags ask for; a stream is in the order of the seed.
+
+    Raises:
+        ValueError: what `load_text` and `make_blocks` raise it for.
+    """
+    if not args.streaming:
+        return make_blocks(load_text(args), tokenizer, args.block_size)
+    texts, held_out = stream_text(args)
+    held_out, tokens_per_byte = _cut(held_out, "validation", tokenizer, args.block_size)
+    stream = TextStream(texts, functools.partial(tokenize, tokenizer=tokenizer), args.block_size, seed)
+    return Blocks(stream, held_out, tokens_per_byte)
+
+
+def document_positions(ids: Tensor, end: int | None) -> Tensor:
+    """Where each token of a block (B, T) stands in its text: 0 after every `end`, and at the block's first. With these
+    as `position_ids`, a model remembers nothing of the text before."""
+    step = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if end is None:
+        return step
+    starts = F.pad(ids[:, :-1] == end, (1, 0))
+    return step - torch.where(starts, step, 0).cummax(1).values
 
 
 def standard_library(validation_percentage: float) -> DatasetDict:
@@ -91,7 +132,33 @@ def load_text(args: argparse.Namespace) -> DatasetDict:
     return data
 
 
-def _read_file(flag: str, name: str) -> Dataset:
+def stream_text(args: argparse.Namespace) -> tuple[IterableDataset, Dataset]:
+    """As `load_text`, but the training texts are a stream; without a validation file or split its first texts are held
+    out."""
+    if args.dataset_name is None and args.train_file is None:
+        raise ValueError("--streaming is for --dataset_name or --train_file; the standard library is small.")
+    if args.dataset_name is not None:
+        try:
+            data = load_dataset(args.dataset_name, args.dataset_config_name, streaming=True)
+        except Exception as error:
+            raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {error}") from error
+        if "train" not in data:
+            raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
+        train, held_out = data["train"], data.get("validation")
+    else:
+        train, held_out = _read_file("--train_file", args.train_file, streaming=True), None
+        if args.validation_file is not None:
+            held_out = _read_file("--validation_file", args.validation_file, streaming=True)
+    train = _text_column(train)
+    if held_out is None:
+        held_out, train = train.take(STREAM_HELD_OUT), train.skip(STREAM_HELD_OUT)
+    texts = [row["text"] for row in _text_column(held_out).take(STREAM_HELD_OUT)]
+    if not texts or next(iter(train), None) is None:
+        raise ValueError(f"The data is too short to stream: it has {len(texts)} texts or less; leave out --streaming.")
+    return train, Dataset.from_dict({"text": texts})
+
+
+def _read_file(flag: str, name: str, streaming: bool = False) -> Dataset | IterableDataset:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"{flag} {name!r} does not exist.")
@@ -100,23 +167,27 @@ def _read_file(flag: str, name: str) -> Dataset:
     loader = _LOADERS.get(path.suffix.lower())
     if loader is None:
         raise ValueError(f"{flag} {name!r}: cannot read {path.suffix!r}, only {', '.join(_LOADERS)}.")
+    if loader == "text" and streaming:
+        raise ValueError(f"{flag} {name!r} is one text; --streaming is for files of many, JSON, CSV or Parquet.")
     options = {"sample_by": "document"} if loader == "text" else {}
     try:
-        return load_dataset(loader, data_files=str(path), split="train", **options)
+        return load_dataset(loader, data_files=str(path), split="train", streaming=streaming, **options)
     except Exception as error:
         raise ValueError(f"{flag} {name!r} could not be read: {error}") from error
 
 
-def _text_column(data: Dataset) -> Dataset:
-    column = "text" if "text" in data.column_names else data.column_names[0]
-    if data.features[column].dtype not in ("string", "large_string"):
+def _text_column(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    # A stream may not know its columns before it has read a row.
+    names = data.column_names or list(next(iter(data), {"text": ""}))
+    column = "text" if "text" in names else names[0]
+    if data.features is not None and data.features[column].dtype not in ("string", "large_string"):
         raise ValueError(
             f"The data has no column 'text', and {column!r} holds {data.features[column].dtype}, not text."
         )
     data = data.select_columns(column)
     data = data if column == "text" else data.rename_column(column, "text")
     data = data.filter(lambda text: bool(text and text.strip()), input_columns="text")
-    if len(data) == 0:
+    if isinstance(data, Dataset) and len(data) == 0:
         raise ValueError("The data holds no text.")
     return data
 
@@ -153,32 +224,40 @@ def byte_level(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     )
 
 
-def make_blocks(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[DatasetDict, float]:
-    """Texts, each ended by the tokenizer's end token, joined and cut into blocks of `block_size` token ids.
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of every text, ended by the tokenizer's end token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # Texts are longer than what attention models were trained on; that warning is not for this one.
+    return [ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
 
-    Returns:
-        The blocks (column `input_ids`; what is left over at the end is dropped), and the held-out text's tokens per
-        byte, by which nats per token become nats per byte.
+
+def make_blocks(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Blocks:
+    """Texts, each ended by the tokenizer's end token, joined and cut into blocks; what is left over at the end is
+    dropped.
 
     Raises:
         ValueError: a split is shorter than one block.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    train, _ = _cut(data["train"], "training", tokenizer, block_size)
+    return Blocks(train, *_cut(data["validation"], "validation", tokenizer, block_size))
 
-    def tokenize(texts):
-        # Texts are longer than what attention models were trained on; that warning is not for this one.
-        return {"input_ids": [ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]}
+
+def _cut(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[Dataset, float]:
+    """Blocks of a split, and its tokens per byte."""
+
+    def tokens(texts):
+        ids = tokenize(texts, tokenizer)
+        return {"input_ids": ids, "tokens": list(map(len, ids)), "bytes": [len(text.encode()) for text in texts]}
 
     def cut(documents):
         ids = list(itertools.chain.from_iterable(documents))
         return {"input_ids": [ids[i : i + block_size] for i in range(0, len(ids) - block_size + 1, block_size)]}
 
-    tokens = data.map(tokenize, batched=True, input_columns="text", remove_columns="text", desc="Tokenizing")
-    validation_bytes = sum(len(text.encode()) for text in data["validation"]["text"])
-    validation_tokens = sum(map(len, tokens["validation"]["input_ids"]))
+    rows = data.map(tokens, batched=True, input_columns="text", remove_columns="text", desc="Tokenizing")
+    tokens_per_byte = sum(rows["tokens"]) / sum(rows["bytes"])
     # Texts are joined in groups, of a whole split where it is small: only each group's remainder is lost.
-    blocks = tokens.map(cut, batched=True, batch_size=10_000, input_columns="input_ids", desc="Cutting into blocks")
-    for split, rows in blocks.items():
-        if len(rows) == 0:
-            raise ValueError(f"The {split} text is shorter than one block of {block_size} tokens; lower --block_size.")
-    return blocks.with_format("torch"), validation_tokens / validation_bytes
+    options = {"batch_size": 10_000, "input_columns": "input_ids", "remove_columns": ["tokens", "bytes"]}
+    blocks = rows.map(cut, batched=True, desc="Cutting into blocks", **options)
+    if len(blocks) == 0:
+        raise ValueError(f"The {name} text is shorter than one block of {block_size} tokens; lower --block_size.")
+    return blocks.with_format("torch"), tokens_per_byte

@@ -1,0 +1,186 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints of a training run: there whole or not at all, the last few kept, and proved intact before they are used.
+
+A checkpoint is a folder `checkpoint-STEP` of what Accelerate saves, and `manifest.json`, written last: the time, and
+size and SHA-256 of every other file. Its name begins with `partial-` until all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from whole_files import write_whole
+
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int | None) -> None:
+    """Saves the training state to `folder/checkpoint-STEP`, and then removes all but the last `keep` checkpoints.
+
+    To be called by all processes, which share the folder.
+
+    Raises:
+        OSError: it could not be written, in any process; what was there before is as it was.
+    """
+    partial, final = folder / f"partial-checkpoint-{step}", folder / f"checkpoint-{step}"
+    try:
+        with _together(accelerator):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                # Not its parents: an output folder that has gone is not to come back empty.
+                partial.mkdir()
+        with _together(accelerator):
+            accelerator.save_state(str(partial))
+        with _together(accelerator):
+            if accelerator.is_main_process:
+                _finish(partial, final)
+                for old in _checkpoints(folder)[keep:] if keep else []:
+                    _remove(old)
+    except OSError as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint-{step} could not be written to {folder}: {error}") from error
+
+
+def find_checkpoint(accelerator: Accelerator, folder: Path, name: str) -> Path:
+    """The checkpoint of that path, or for "latest" the last one in the folder that is intact; says which are not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [None]
+    if accelerator.is_main_process:
+        for path in _checkpoints(folder) if name == "latest" else [Path(name)]:
+            problem = find_damage(path)
+            if problem is None:
+                found = [path]
+                break
+            print(f"{path} is not used: {problem}.", flush=True)
+    (found,) = broadcast_object_list(found)
+    if found is None:
+        where = f"latest: there is no checkpoint in {folder} that can be used" if name == "latest" else repr(name)
+        wrong = "" if name == "latest" else " is not a checkpoint that can be used"
+        raise ValueError(f"--resume_from_checkpoint {where}{wrong}.")
+    return found
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        return "it has no readable manifest.json"
+    for name, (size, digest) in manifest["files"].items():
+        path = checkpoint / name
+        try:
+            if path.stat().st_size != size or _digest(path) != digest:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def remove_partial(folder: Path) -> None:
+    """What a process that was killed while it wrote or removed a checkpoint has left."""
+    for path in folder.glob("partial-checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class StopSignals:
+    """In its context, SIGTERM and Ctrl-C do not interrupt but are remembered as `received`, so that a run can stop
+    between two steps. The second of them does interrupt."""
+
+    def __enter__(self) -> StopSignals:
+        self.received = None
+        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+
+
+@contextlib.contextmanager
+def _together(accelerator: Accelerator):
+    """Waits for all processes, and raises in all of them what was raised in any, as an `OSError`."""
+    failure = None
+    try:
+        yield
+    # What torch and safetensors raise when they cannot write.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = [each for each in gather_object([failure]) if each is not None]
+    if failures:
+        raise OSError(failures[0])
+
+
+def _finish(partial: Path, final: Path) -> None:
+    """Has all files on the disk before the folder gets its name."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    sizes = {path.relative_to(partial).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    write_whole(partial / MANIFEST, json.dumps({"time": time.time(), "files": sizes}, indent=1) + "\n")
+    for path in [*files, partial / MANIFEST, *(path.parent for path in files), partial]:
+        _sync(path)
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows has no way to.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name, so that nothing half removed is taken for a checkpoint."""
+    gone = checkpoint.with_name(f"partial-{checkpoint.name}-removed")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The last written first, by the manifest, or the folder's own time where that cannot be read."""
+
+    def written(path: Path) -> float:
+        manifest = _manifest(path)
+        return path.stat().st_mtime if manifest is None else manifest["time"]
+
+    return sorted(folder.glob("checkpoint-*[0-9]"), key=written, reverse=True)
+
+
+def _manifest(checkpoint: Path) -> dict | None:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest["time"], manifest["files"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
