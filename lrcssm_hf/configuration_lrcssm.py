@@ -64,6 +64,9 @@ class LrcSSMConfig(PreTrainedConfig):
             state on one input and change it on another; by default only in the gated block.
         state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
             elastance: the recurrence is then linear with every Jacobian in (0, 1).
+        jacobian_bound (`float`, *optional*): keeps every |dx_t/dx_{t-1}| at this at most, whatever the input (for time
+            steps up to 1): the elastance then does not depend on the state, and the weights of the state in the gates
+            are confined, see `stability.confine`. With 1 no gradient can grow over time.
         initialization (`"default"` or `"state_tracking"`, defaults to `"default"`): `"state_tracking"` starts every
             neuron as a counter with a period of its own. These learn to count modulo a number and to follow an
             automaton's state far beyond the lengths they were trained at; neurons that start as integrators do not.
@@ -122,6 +125,7 @@ class LrcSSMConfig(PreTrainedConfig):
     elastance: str = "asymmetric"
     elastance_input: bool | None = None
     state_dependence: str = "full"
+    jacobian_bound: float | int | None = None
     initialization: str = "default"
     time_constant_min: float | int = 2.5
     time_constant_max: float | int = 16.0
@@ -204,6 +208,13 @@ class LrcSSMConfig(PreTrainedConfig):
                     raise ValueError(
                         f"`initialization` 'state_tracking' needs `{name}`={value!r}, got {getattr(self, name)!r}."
                     )
+        if self.jacobian_bound is not None:
+            if not self.jacobian_bound >= 1:
+                raise ValueError(f"`jacobian_bound` must be at least 1, got {self.jacobian_bound}.")
+            needed = {"elastance": "asymmetric", "state_dependence": "full", "initialization": "default"}
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"`jacobian_bound` needs `{name}`={value!r}, got {getattr(self, name)!r}.")
         levels = self.quantiles
         if levels is not None and not (levels == sorted(set(levels)) and levels and 0 < levels[0] <= levels[-1] < 1):
             raise ValueError(f"`quantiles` must be ascending levels in (0, 1), got {levels}.")

@@ -29,6 +29,7 @@ from .forecasting import ForecastingMixin
 from .recurrence import LrcParameters, load_cpu_kernels, lrc_scan, prefix_scan
 from .saved_states import SavedStatesMixin
 from .series import observed_values, require_features, require_finite, series_statistics
+from .stability import confine
 from .steps import LrcSSMSteps
 
 
@@ -47,7 +48,9 @@ class LrcSSMNeurons(nn.Module):
         self.currents = nn.Linear(input_size, size * (3 if config.elastance_input else 2), bias=False)
         names = ["leak_conductance", "leak_potential", "elastance_bias"]
         if config.state_dependence == "full":
-            names += ["activation_scale", "activation_shift", "forget_weight", "update_weight", "elastance_weight"]
+            names += ["activation_scale", "activation_shift", "forget_weight", "update_weight"]
+            if config.jacobian_bound is None:
+                names += ["elastance_weight"]
         if config.elastance == "symmetric":
             names += ["elastance_shift"]
         for name in names:
@@ -93,7 +96,8 @@ class LrcSSMNeurons(nn.Module):
             init.zeros_(self.activation_shift)
             init.normal_(self.forget_weight, std=0.1)
             init.normal_(self.update_weight, std=0.1)
-            init.zeros_(self.elastance_weight)
+            if config.jacobian_bound is None:
+                init.zeros_(self.elastance_weight)
 
     def _init_counters(self):
         """Every neuron counts its inputs modulo a period, from 2 to 4, and q_t says which inputs count.
@@ -119,6 +123,18 @@ class LrcSSMNeurons(nn.Module):
             weight.normal_(std=gain * weight.shape[1] ** -0.5)
         init.copy_(self.currents.weight, torch.cat(weights))
 
+    def lrc_parameters(self) -> LrcParameters:
+        """As `lrc_scan` takes them: 0 for a weight that the configuration leaves out, and with `jacobian_bound` no
+        larger than that allows."""
+        shift = getattr(self, "elastance_shift", None)
+        if shift is not None and self.gated:
+            # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
+            shift = F.softplus(shift)
+        nothing = torch.zeros_like(self.elastance_bias)
+        values = [getattr(self, name, nothing) for name in LrcParameters._fields[:-1]]
+        parameters = LrcParameters(*values, shift)
+        return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
+
     def forward(
         self, inputs: Tensor, initial_state: Tensor | None, time_step: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -129,10 +145,8 @@ class LrcSSMNeurons(nn.Module):
         currents = self.currents(inputs).split(config.state_size, dim=-1)
         forget_input, update_input = currents[:2]
         elastance_input = currents[2] if config.elastance_input else None
-        shift = getattr(self, "elastance_shift", None)
-        if shift is not None and self.gated:
-            # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
-            shift = F.softplus(shift)
+        parameters = self.lrc_parameters()
+        shift = parameters.elastance_shift
 
         if config.state_dependence == "input":
             dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
@@ -152,17 +166,6 @@ class LrcSSMNeurons(nn.Module):
             states = prefix_scan(decay.expand_as(update), update, initial_state)
             return states, states[:, -1]
 
-        parameters = LrcParameters(
-            self.activation_scale,
-            self.activation_shift,
-            self.forget_weight,
-            self.update_weight,
-            self.leak_conductance,
-            self.leak_potential,
-            self.elastance_weight,
-            self.elastance_bias,
-            shift,
-        )
         return lrc_scan(
             forget_input,
             update_input,
