@@ -117,9 +117,9 @@ def table(results: dict) -> str:
     lines = [
         f"# Gradient stability of {results['model']}",
         "",
-        f"{results['length']:,} steps. J is dx_t/dx_{{t-1}} of a neuron; quantiles are 1%, 50%, 99% over steps and neurons. "
-        "The bound holds for every input; for neurons whose elastance depends on the state, up to the largest state seen. "
-        "A time constant is the time in which a disturbance fades to 1/e.",
+        f"{results['length']:,} steps. J is dx_t/dx_{{t-1}} of a neuron; quantiles are 1%, 50%, 99% over steps and "
+        "neurons. The bound holds for every input; for neurons whose elastance depends on the state, up to the largest "
+        "state seen. A time constant is the time in which a disturbance fades to 1/e.",
         "",
         "| layer | bound of \\|J\\| | largest \\|J\\| | J | time constants |",
         "|---|---|---|---|---|",
