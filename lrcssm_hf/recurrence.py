@@ -21,8 +21,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from .context_parallel import scan_over_ranks
 
 
 logger = logging.getLogger(__name__)
@@ -565,6 +568,7 @@ def lrc_scan(
     backend: str = "auto",
     tolerance: float | None = None,
     return_info: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LrcScanInfo]:
     """All states of the LRC recurrence, exactly; differentiable in every floating-point argument.
 
@@ -584,6 +588,10 @@ def lrc_scan(
         tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver; by default 16
             units of rounding of the working dtype.
         return_info: also return an `LrcScanInfo`.
+        group: the ranks over which a sequence is spread, in its order: what is passed are this rank's steps, of any
+            number, and the same parameters and initial state on all ranks. States and gradients are those of the whole
+            sequence. A gradient of the parameters is this rank's share, to be summed over the group; that of the
+            initial state is on the first rank. All ranks have to call this, and go back through it, together.
 
     Returns:
         states (B, T, D) and final_state (B, D), in the widest dtype of inputs, parameters and initial state, at least
@@ -616,6 +624,20 @@ def lrc_scan(
         raise ValueError(f"`tolerance` must be positive, got {tolerance}.")
 
     dtype = _working_dtype(forget_input, update_input, elastance_input, initial_state, *parameters)
+    if group is not None:
+        if return_info or dtype.is_complex:
+            raise ValueError("With a `group`, leave out `return_info`, and pass real numbers.")
+        if initial_state is None:
+            initial_state = torch.zeros(batch, size, dtype=dtype, device=forget_input.device)
+        inputs = {"forget_input": forget_input, "update_input": update_input, "elastance_input": elastance_input}
+        inputs |= {"time_step": time_step, "reset": reset}
+
+        def scan(inputs: dict[str, Tensor], parameters: list[Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
+            options = {"solver": solver, "backend": backend, "tolerance": tolerance}
+            return lrc_scan(**inputs, parameters=LrcParameters(*parameters), initial_state=start, **options)
+
+        accepted = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
+        return scan_over_ranks(scan, group, inputs, parameters, initial_state.to(dtype), accepted)
     weights = torch.stack([parameter.to(dtype) for parameter in parameters if parameter is not None])
     if initial_state is None:
         initial_state = weights.new_zeros(batch, size)

@@ -199,6 +199,23 @@ def test_two_processes(text_file, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def test_two_processes_stream_the_order_of_one(tmp_path):
+    """The same global batches, and so the same curve."""
+    for name in ("train", "held_out"):
+        rows = [json.dumps({"text": f"{name} {i} " * (3 + i % 7)}) + "\n" for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    files = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "held_out.jsonl", "--streaming"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    result = run(*SMALL, *files, "--output_dir", two, launch=launch)
+    assert result.returncode == 0 and "on 2 x cpu" in result.stdout, result.stderr[-2000:]
+    result = run(*SMALL, *files, "--output_dir", one, "--per_device_train_batch_size", "4")
+    assert result.returncode == 0, result.stderr[-2000:]
+    for ours, theirs in zip(records(two), records(one), strict=True):
+        for name in {"step", "tokens", "train_loss", "validation_loss"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
 def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
     folder, _ = trained
     train_file, validation_file = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"

@@ -1,0 +1,31 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""A sequence spread over two and four processes has the states and gradients of one."""
+
+import pytest
+import torch
+
+import several_ranks
+from lrcssm_hf.context_parallel import _match
+
+
+def test_pieces_on_several_ranks_are_the_whole_sequence(tmp_path):
+    several_ranks.run(tmp_path)
+    for name in several_ranks.CASES:
+        gatherings = {torch.load(tmp_path / f"{name}-{rank}") for rank in range(several_ranks.RANKS)}
+        # As many on all ranks; at most a sweep per rank, and one going back.
+        assert len(gatherings) == 1 and 2 <= gatherings.pop() <= several_ranks.RANKS + 1, name
+
+
+def test_a_right_start_has_a_right_end_and_a_guess_is_a_number():
+    starts, ends = torch.zeros(4, 1, 1), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
+    slopes = torch.tensor([torch.inf, 0.5, torch.inf, 1.0]).view(4, 1, 1)
+    # The second start moves by 1, the third by 2 + 0.5; what follows an infinite slope is the plain end.
+    assert _match(starts, ends, slopes).flatten().tolist() == [0, 1, 2.5, 3]
+
+
+def test_what_does_not_go_with_a_group_is_refused():
+    from lrcssm_hf import LrcParameters, lrc_scan
+
+    parameters = LrcParameters(*torch.randn(8, 5))
+    with pytest.raises(ValueError, match="return_info"):
+        lrc_scan(torch.randn(1, 3, 5), torch.randn(1, 3, 5), parameters, return_info=True, group=object())
