@@ -93,8 +93,6 @@ def table(results: dict) -> str:
     """Markdown: accuracy of every task and model, by length."""
     seeds = len(results["runs"]["parity"]["lrcssm"])
     lines = [
-        "# State tracking",
-        "",
         "Accuracy in percent of the steps in the second half of a sequence, mean ± standard deviation over "
         f"{seeds} seeds. All models were trained on sequences of up to {SHOWN[0]} steps, and have the same blocks but "
         f"for the sequence mixer and within 10% of the same number of parameters; {results['environment']}.",
@@ -113,7 +111,7 @@ def table(results: dict) -> str:
             cells += [f"{runs[0]['parameters']:,}", f"{statistics.median(run['seconds'] for run in runs):.0f}"]
             lines.append(f"| {TITLES[task]} | {MODELS[model]} | {' | '.join(cells)} |")
         lines.append(f"| {TITLES[task]} | chance | {' | '.join([f'{100 * chance(task):.1f}'] * len(SHOWN))} | | |")
-    return "\n".join(lines) + "\n\n![Accuracy against length](state_tracking.png)\n"
+    return "\n".join(lines) + "\n"
 
 
 def plot(results: dict, path: Path) -> None:

@@ -35,11 +35,22 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     assert "LrcScanInfo(solver='newton'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["block_comparison", "rival_comparison", "series_forecasting"])
-def test_the_tables_are_what_the_comparisons_wrote(name):
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("block_comparison", None),
+        ("rival_comparison", None),
+        ("state_tracking", None),
+        # The first of several tables.
+        ("series_forecasting", "\nMean absolute error"),
+        ("series_classification", "\n![Mean ranks]"),
+        ("series_pretraining", "\nSeconds per"),
+    ],
+)
+def test_the_tables_are_what_the_comparisons_wrote(name, end):
     written = (ROOT / "scripts" / "results" / f"{name}.md").read_text(encoding="utf-8")
-    # Of the forecasts, the first of the tables.
-    assert written.split("\nMean absolute error")[0].strip() in README
+    without_title = re.sub(r"^# .*\n", "", written.split(end)[0] if end else written)
+    assert without_title.strip() in README
 
 
 def test_the_figure_of_the_model_in_this_repository_is_what_its_training_wrote():
