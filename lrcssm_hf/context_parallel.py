@@ -49,13 +49,13 @@ class _ScanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scan, group, tolerance, names, count, initial_state, *tensors):
         rank, size = group.rank(), group.size()
-        leaves = [
-            None if x is None else x.detach().requires_grad_(x.requires_grad and x.is_floating_point()) for x in tensors
-        ]
-        starts = initial_state.detach().expand(size, *initial_state.shape)
+        # The slopes are gradients, which are to be had where nobody asks for any too.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [None if x is None else _leaf(x) for x in tensors]
+            starts = _leaf(initial_state).detach().expand(size, *initial_state.shape)
         for _ in range(size):
-            start = starts[rank].clone().requires_grad_()
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
+                start = starts[rank].clone().requires_grad_()
                 states, final_state = scan(dict(zip(names, leaves[:count])), leaves[count:], start)
                 (slope,) = torch.autograd.grad(final_state.sum(), start, retain_graph=True)
             ends, slopes = _gather(torch.stack([final_state.detach(), slope]), group).unbind(1)
@@ -84,10 +84,17 @@ class _ScanOverRanks(torch.autograd.Function):
             later = gathered[other] + ctx.slopes[other] * later
         wanted = [ctx.start, *(leaf for leaf in ctx.leaves if leaf is not None and leaf.requires_grad)]
         asked = (grad_final_state + later, *by_states)
-        by_start, *found = torch.autograd.grad(ctx.outputs, wanted, asked, allow_unused=True)
+        # Kept for a second time, as that of a plain scan is; it goes with `ctx`.
+        by_start, *found = torch.autograd.grad(ctx.outputs, wanted, asked, retain_graph=True, allow_unused=True)
         found = iter(found)
         gradients = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in ctx.leaves]
         return None, None, None, None, None, by_start if rank == 0 else torch.zeros_like(by_start), *gradients
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same numbers, for a graph of their own."""
+    leaf = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return leaf.requires_grad_(tensor.requires_grad and tensor.is_floating_point())
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -45,16 +45,17 @@ class ForecastingMixin:
         learns: bool,
     ) -> KnownSeries:
         """While the model `learns`, a series is scaled by the first half of its steps, so that all tokens after it can
-        learn: their targets are no part of the statistics."""
+        learn: their targets are no part of the statistics. Only that a channel which begins flat is not blown up, its
+        deviation being at least a tenth of the whole series'."""
         values, observed = observed_values(input_values, mask, observed_mask)
         steps, learns_after = LrcSSMSteps.of(mask), 0
         if self.config.scaling is not None and statistics is None:
-            known = observed
+            statistics = series_statistics(values, observed)
             if learns:
                 ends = steps.ends(1, values.shape[1], values.device)
                 learns_after = (ends[:, -1:] + 1) // 2
-                known = observed & (ends <= learns_after).unsqueeze(-1)
-            statistics = series_statistics(values, known)
+                mean, deviation = series_statistics(values, observed & (ends <= learns_after).unsqueeze(-1))
+                statistics = mean, torch.maximum(deviation, statistics[1] / 10)
         return KnownSeries(values, observed, steps, statistics, learns_after)
 
     def _forecasts(self, hidden_states: Tensor, series: KnownSeries, logits_to_keep: int) -> tuple[Tensor, Tensor]:

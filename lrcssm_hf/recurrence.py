@@ -733,7 +733,8 @@ def _load_kernels(backend: str) -> Kernels | None:
         else:
             from .recurrence_triton import KERNELS
     except ImportError as error:
-        if error.name not in ("numba", "triton"):
+        # Without a name: numba's word for a NumPy that it does not know.
+        if error.name not in (None, "numba", "triton"):
             raise
         device = "CPU" if backend == "cpu" else "GPU"
         logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {error}")

@@ -71,7 +71,7 @@ class SavedStatesMixin:
 
     def _fingerprint(self) -> str:
         """A hash of everything that a state depends on: the trunk's weights and what is done with them."""
-        fields = ("hidden_act", "norm_eps", "num_hidden_layers", "scaling")
+        fields = ("hidden_act", "norm_eps", "num_hidden_layers", "scaling", "jacobian_bound")
         digest = hashlib.sha256(repr([getattr(self.config, field) for field in fields]).encode())
         for name, tensor in self.base_model.state_dict().items():
             if tensor.is_meta:

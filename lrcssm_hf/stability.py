@@ -16,8 +16,9 @@ Of its terms, whatever the input and the state:
 - |eps (1 - eps) w_e (p u - F x)| <= |w_e| (|p| + |x|) / 4.
 
 As eps is in (0, 1), J is at most 1 + B and at least -B, with B = r + s + |w_e| (|p| + |x|) / 4. For dt in [0, 1],
-1 + dt (J - 1) lies between 1 and J, so that the bound |J| <= 1 + B holds for it too. It also holds for the symmetric
-elastance, which is in (0, 1) and has a slope of at most 1/4 too.
+1 + dt (J - 1) lies between 1 and J, so that the bound |J| <= 1 + B holds for it too. So it does for the symmetric
+elastance, which has a slope of at most 1/4 too and is in (0, 1); where its shift is negative, as it may be in the
+authors' block, it is in (-1, 0), and |J| <= 2 + B.
 """
 
 from __future__ import annotations
@@ -46,23 +47,26 @@ def jacobian_bound(parameters: LrcParameters, largest_state: float | Tensor) -> 
     elastance = torch.where(
         p.elastance_weight == 0, 0, p.elastance_weight.abs() * (p.leak_potential.abs() + largest_state) / 4
     )
-    return 1 + update + (k - 1).square() / (4 * k) + elastance
+    bound = 1 + update + (k - 1).square() / (4 * k) + elastance
+    return bound if p.elastance_shift is None else bound + (p.elastance_shift < 0)
 
 
 def confine(parameters: LrcParameters, bound: float) -> LrcParameters:
-    """The parameters with the weights of the state clamped, so that |dx_t/dx_{t-1}| <= bound for all inputs, states and
-    time steps in [0, 1].
+    """The parameters, float32 at least, with the weights of the state so that |dx_t/dx_{t-1}| <= bound for all inputs,
+    states and time steps in [0, 1].
 
     The elastance is made independent of the state, the forget gate keeps k <= 1, and the update r <= bound - 1: with a
-    bound of 1 all Jacobians are in [0, 1], and no gradient grows on its way back, however far.
+    bound of 1 all Jacobians are in [0, 1], and no gradient grows on its way back, however far. A weight w that may be
+    as large as l is l tanh(w / l): one that is small is as it was, and one that is large still learns.
     """
-    p = parameters
+    # In half precision the limits would be rounded, and a product of many Jacobians grow.
+    p = LrcParameters(*(None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in parameters))
     forget = 1 / _state_gain(p)
-    # Where the product is 0 there is nothing to confine.
-    reach = (p.leak_potential * p.activation_scale).abs().clamp(min=torch.finfo(p.update_weight.dtype).tiny)
-    update = (4 * (bound - 1) / reach).clamp(max=torch.finfo(p.update_weight.dtype).max)
+    reach = (p.leak_potential * p.activation_scale).abs()
+    # Between numbers that can be divided by each other: 0 is allowed, and so is anything where the reach is 0.
+    update = (4 * (bound - 1) / reach.clamp(min=1e-30)).clamp(min=1e-30, max=1e6)
     return p._replace(
-        forget_weight=torch.clamp(p.forget_weight, -forget, forget),
-        update_weight=torch.clamp(p.update_weight, -update, update),
+        forget_weight=forget * torch.tanh(p.forget_weight / forget),
+        update_weight=update * torch.tanh(p.update_weight / update),
         elastance_weight=torch.zeros_like(p.elastance_weight),
     )

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import mean_and_deviation  # noqa: E402
 from synthetic_tasks import TASKS, parse_args, plot_accuracy, run_seeds  # noqa: E402
-from whole_files import write_whole  # noqa: E402
+from whole_files import whole_files, write_whole  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -80,8 +80,8 @@ def compare(runs_dir: str, run_all: Callable, output: Path = RESULTS) -> dict:
             libraries = ", ".join(f"{library} {version}" for library, version in versions.items())
             results["environment"] = f"{hardware['device']} ({hardware['threads']} thread per run), {libraries}"
             write_whole(output / "state_tracking.json", json.dumps(results, indent=1) + "\n")
-            plot(results, output / "state_tracking.png")
             write_whole(output / "state_tracking.md", table(results))
+            plot(results, output / "state_tracking.png")
     return results
 
 
@@ -123,7 +123,8 @@ def plot(results: dict, path: Path) -> None:
         axes.set(title=TITLES[task], xlabel="length")
     panels[0].set_ylabel("accuracy in the second half (%)")
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with whole_files(path.parent) as partial:
+        figure.savefig(partial / path.name, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -26,7 +26,7 @@ from whole_files import write_whole
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int | None) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
     """Saves the training state to `folder/checkpoint-STEP`, and then removes all but the last `keep` checkpoints.
 
     To be called by all processes, which share the folder.
@@ -46,7 +46,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         with _together(accelerator):
             if accelerator.is_main_process:
                 _finish(partial, final)
-                for old in _checkpoints(folder)[keep:] if keep else []:
+                others = [path for path in _checkpoints(folder) if path != final]
+                for old in others[keep - 1 :]:
                     _remove(old)
     except OSError as error:
         if accelerator.is_main_process:
@@ -92,8 +93,8 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def remove_partial(folder: Path) -> None:
-    """What a process that was killed while it wrote or removed a checkpoint has left."""
-    for path in folder.glob("partial-checkpoint-*"):
+    """What a process that was killed while it wrote or removed something has left."""
+    for path in folder.glob("partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -133,13 +134,19 @@ def _finish(partial: Path, final: Path) -> None:
     """Has all files on the disk before the folder gets its name."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {path.relative_to(partial).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
-    write_whole(partial / MANIFEST, json.dumps({"time": time.time(), "files": sizes}, indent=1) + "\n")
+    # Later than the others', also where this machine's clock is behind that of the last one.
+    latest = max((_written(path) for path in _checkpoints(final.parent)), default=0.0)
+    manifest = {"time": max(time.time(), latest + 0.001), "files": sizes}
+    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for path in [*files, partial / MANIFEST, *(path.parent for path in files), partial]:
         _sync(path)
+    old = None
     if final.exists():
-        _remove(final)
+        old = final.rename(final.with_name(f"partial-{final.name}-old"))
     partial.rename(final)
     _sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -160,19 +167,21 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The last written first, by the manifest, or the folder's own time where that cannot be read."""
+    """The last written first."""
+    return sorted(folder.glob("checkpoint-*[0-9]"), key=_written, reverse=True)
 
-    def written(path: Path) -> float:
-        manifest = _manifest(path)
-        return path.stat().st_mtime if manifest is None else manifest["time"]
 
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=written, reverse=True)
+def _written(checkpoint: Path) -> float:
+    """When, by the manifest, or the folder's own time where that cannot be read."""
+    manifest = _manifest(checkpoint)
+    return checkpoint.stat().st_mtime if manifest is None else manifest["time"]
 
 
 def _manifest(checkpoint: Path) -> dict | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        manifest["time"], manifest["files"].items()
+        if not isinstance(manifest["time"], float) or not all(len(entry) == 2 for entry in manifest["files"].values()):
+            return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return manifest

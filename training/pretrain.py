@@ -32,7 +32,7 @@ import matplotlib
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -55,7 +55,7 @@ from checkpoints import StopSignals, find_checkpoint, remove_partial, save_check
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
-from whole_files import whole_files
+from whole_files import whole_files, write_whole
 
 
 matplotlib.use("Agg")
@@ -201,7 +201,7 @@ class Metrics:
                     record = json.loads(line)
                     if record["step"] <= resumed_step and "validation_nats_per_byte" not in record:
                         self.records.append(record)
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def add(self, **record) -> None:
         self.records.append(record)
@@ -301,6 +301,10 @@ class Training:
         )
         self.sequences_per_batch = batch_size * accelerator.num_processes
         self.tokens_per_step = self.sequences_per_batch * args.gradient_accumulation_steps * args.block_size
+        # On which the order of the data and the count of its batches depend.
+        self.settings = {name: getattr(args, name) for name in ("block_size", "streaming", "seed")}
+        self.settings |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}
+        self.settings |= {"sequences_per_batch": self.sequences_per_batch}
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.epoch, self.batches = 0, 0  # How many batches of this epoch, or of the stream, have been read.
         self.skipped_steps, self.loss_spikes, self.usual_loss = 0, 0, (0.0, 0.0)
@@ -323,12 +327,18 @@ class Training:
         )
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name) for name in self.PROGRESS}
+        state = {name: getattr(self, name) for name in self.PROGRESS} | {"settings": self.settings}
         if self.stream is not None:
             state["place"] = self.stream.place(self.batches * self.sequences_per_batch)
         return state
 
     def load_state_dict(self, state: dict) -> None:
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"The checkpoint is of a run with {name}={state['settings'][name]}, not {value}: its place in the "
+                    "data would be another."
+                )
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         if self.stream is not None:
@@ -359,7 +369,8 @@ class Training:
                 self.watch(loss)
                 losses.append(loss)
                 is_last = self.step == self.last_step
-                evaluate = self.step % args.eval_steps == 0 and not is_last
+                # Who stops a run does not wait for long.
+                evaluate = self.step % args.eval_steps == 0 and not is_last and not stops
                 save = stops or is_multiple(self.step, args.checkpointing_steps, self.steps_per_epoch)
                 if self.step % 10 == 0 or evaluate or save or is_last:
                     self.seconds = time.perf_counter() - start
@@ -388,11 +399,12 @@ class Training:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                    if norm is None or norm.isfinite():
+                    is_finite = norm is None or bool(norm.isfinite())
+                    # In float16 the scaler leaves such a step out by itself, and lowers its scale.
+                    if is_finite or accelerator.scaler is not None:
                         self.optimizer.step()
-                        in_a_row = 0
-                    else:
-                        self.skipped_steps, in_a_row = self.skipped_steps + 1, in_a_row + 1
+                    in_a_row = 0 if is_finite else in_a_row + 1
+                    self.skipped_steps += not is_finite
                 self.optimizer.zero_grad()
             losses.append(loss.detach().float())
             self.tokens += ids.numel() * accelerator.num_processes
@@ -417,6 +429,8 @@ class Training:
                 first = next(batches, None)
             for batch in itertools.chain([] if first is None else [first], batches):
                 self.batches += 1
+                if self.stream is not None:
+                    self.stream.place(self.batches * self.sequences_per_batch)  # It may forget what was before.
                 yield batch
             self.epoch, self.batches, loader = self.epoch + 1, 0, self.loader
 
@@ -573,6 +587,7 @@ def main(arguments: list[str] | None = None) -> None:
             inputs = None if error else prepare(args)
         except (ValueError, OSError, StrictDataclassError) as refused:
             error = refused
+    error = next((each for each in gather_object([None if error is None else str(error)]) if each), None)
     if error is not None:
         accelerator.print(f"error: {error}")
         accelerator.end_training()
@@ -583,8 +598,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.with_tracking:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
-    training = Training(args, accelerator, inputs, checkpoint)
     try:
+        training = Training(args, accelerator, inputs, checkpoint)
         stopped = training.run()
         if stopped is None:
             nats_per_byte = training.finish()
@@ -605,7 +620,9 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         if inputs.repository is not None:
             HfApi().upload_folder(
-                repo_id=inputs.repository, folder_path=inputs.folder, ignore_patterns=["*checkpoint-*", ".cache*"]
+                repo_id=inputs.repository,
+                folder_path=inputs.folder,
+                ignore_patterns=["*checkpoint-*", "partial-*", ".cache*"],
             )
         show(inputs.folder, nats_per_byte, default_data=uses_default_data(args))
 

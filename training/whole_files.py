@@ -1,5 +1,5 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""Files that are there whole or not at all, whenever a script is stopped."""
+"""Files each of which is there whole or not at all, whenever a script is stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """A temporary folder, whose files are moved into this one when all of them are written."""
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=folder) as partial:
         yield Path(partial)
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
