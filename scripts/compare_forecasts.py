@@ -38,8 +38,8 @@ SERIES = {
     "lorenz": {"horizons": (96, 336), "context_length": 256, "scaling": None, "patch_length": 8},
     "mackey-glass": {"horizons": (96, 720), "context_length": 256, "scaling": None, "patch_length": 8},
 }
-# Windows per epoch. PatchTST learns from one forecast of each, the others, where windows are not normalised, from one
-# after every patch: it gets four times as many, with which it takes the longest.
+# Windows per epoch. PatchTST learns from one forecast of each, the others from one after every patch, of a normalised
+# window after those of its second half: it gets four times as many, with which it takes the longest.
 MODELS = {"lrcssm": 128, "lru": 128, "s5": 128, "mamba": 128, "patchtst": 512, "seasonal-naive": 128}
 
 
