@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # How each task is trained, for all models.
 TRAINING = {
     "parity": "--max_train_steps 1500",
-    "mod3": "--max_train_steps 3000",
+    "mod3": "--max_train_steps 1500 --learning_rate 4e-3",
     "s3": "--max_train_steps 8000 --weight_decay 0.01",
 }
 TITLES = {"parity": "parity", "mod3": "counting modulo 3", "s3": "composition of permutations, S3"}
