@@ -96,6 +96,7 @@ STUDIES = {
             "one block, iterated": "--config_overrides num_hidden_groups=1",
             "one step per token": "--config_overrides patch_length=1",
             "bidirectional": "--config_overrides bidirectional=True",
+            "gates without the state": "--config_overrides state_dependence=input",
         },
     ),
     "pretraining": Study(
