@@ -73,7 +73,7 @@ def compare(runs_dir: str, run_all: Callable, output: Path = RESULTS) -> dict:
                 for task, model in pairs
             ]
             for (task, model), record in zip(pairs, run_all(run, map(shlex.split, plans))):
-                kept = {name: record[name] for name in ("seed", "parameters", "accuracy", "seconds", "command")}
+                kept = {name: record[name] for name in ("seed", "parameters", "accuracy", "command")}
                 results["runs"][task][model].append(kept)
                 bar.update()
             hardware, versions = record["hardware"], record["versions"]
@@ -97,8 +97,8 @@ def table(results: dict) -> str:
         f"{seeds} seeds. All models were trained on sequences of up to {SHOWN[0]} steps, and have the same blocks but "
         f"for the sequence mixer and within 10% of the same number of parameters; {results['environment']}.",
         "",
-        f"| task | model | {' | '.join(f'{int(length):,} steps' for length in SHOWN)} | parameters | seconds |",
-        "|---|---|" + "---|" * (len(SHOWN) + 2),
+        f"| task | model | {' | '.join(f'{int(length):,} steps' for length in SHOWN)} | parameters |",
+        "|---|---|" + "---|" * (len(SHOWN) + 1),
     ]
     for task, by_model in results["runs"].items():
         best = {n: max(statistics.mean(r["accuracy"][n] for r in runs) for runs in by_model.values()) for n in SHOWN}
@@ -108,9 +108,9 @@ def table(results: dict) -> str:
                 values = [run["accuracy"][length] for run in runs]
                 bold = "**" if statistics.mean(values) == best[length] else ""
                 cells.append(f"{bold}{mean_and_deviation(values)}{bold}")
-            cells += [f"{runs[0]['parameters']:,}", f"{statistics.median(run['seconds'] for run in runs):.0f}"]
+            cells.append(f"{runs[0]['parameters']:,}")
             lines.append(f"| {TITLES[task]} | {MODELS[model]} | {' | '.join(cells)} |")
-        lines.append(f"| {TITLES[task]} | chance | {' | '.join([f'{100 * chance(task):.1f}'] * len(SHOWN))} | | |")
+        lines.append(f"| {TITLES[task]} | chance | {' | '.join([f'{100 * chance(task):.1f}'] * len(SHOWN))} | |")
     return "\n".join(lines) + "\n"
 
 
