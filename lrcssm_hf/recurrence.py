@@ -722,7 +722,11 @@ def _kernels(backend: str) -> Kernels | None:
 
 def load_cpu_kernels() -> None:
     """Imports them where their package is there."""
-    if importlib.util.find_spec("numba") is not None:
+    try:
+        is_there = importlib.util.find_spec("numba") is not None
+    except ImportError:  # An importer may say so itself.
+        is_there = False
+    if is_there:
         _kernels("cpu")
 
 
