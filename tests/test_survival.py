@@ -2,6 +2,7 @@
 """A training run comes back from being killed, stopped, and from bad checkpoints, to where it would have been."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+import checkpoints
 import pretrain
 from checkpoints import find_damage
 
@@ -143,6 +145,21 @@ def run_here(folder, data, capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         pretrain.main([*SMALL, *map(str, data["text"]), *arguments, "--output_dir", str(folder)])
     return stopped.value.code, capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_run_with_another_order_of_the_data_is_refused(data, tmp_path, capsys):
+    pretrain.main([*SMALL, *map(str, data["text"]), "--max_train_steps", "8", "--output_dir", str(tmp_path)])
+    arguments = ["--resume_from_checkpoint", "latest", "--per_device_train_batch_size", "4"]
+    status, output = run_here(tmp_path, data, capsys, *arguments)
+    assert status == 1 and "sequences_per_batch=2, not 4" in output
+
+
+def test_the_last_checkpoints_are_kept_whatever_the_clock_says(data, tmp_path, monkeypatch):
+    clock = itertools.count(2e9, -1000)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(time=lambda: next(clock)))
+    pretrain.main([*SMALL, *map(str, data["text"]), "--output_dir", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == [f"checkpoint-{n}" for n in (42, 49, 56)]
+    assert checkpoints.find_checkpoint(Accelerator(), tmp_path, "latest").name == "checkpoint-56"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
