@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import SchedulerType
@@ -43,10 +41,10 @@ from lrcssm_hf import (
     series_statistics,
 )
 from lrcssm_hf.series import observed_values
-from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
+from pretrain import describe_environment, make_folder, parse_overrides
 from series_data import SeriesData, add_series_arguments, channel_statistics, collate, load_series, make_rows, split
 from series_rivals import MIXERS, build
-from series_training import fit
+from series_training import fit, make_runs
 from whole_files import whole_files, write_whole
 
 
@@ -229,6 +227,11 @@ class MaskedSpans(nn.Module):
         return hidden.gather(1, (torch.arange(steps, device=device) + start) // length)
 
 
+def fit_options(args: argparse.Namespace, seed: int) -> dict:
+    """What pretraining and training have in common, for `fit`."""
+    return {"seed": seed, **{name: getattr(args, name) for name in ("weight_decay", "adam_beta2", "lr_scheduler_type")}}
+
+
 def pretrain_trunk(classifier: nn.Module, loaders: dict, accelerator: Accelerator, args, seed: int) -> list[dict]:
     """Trains the classifier's trunk, in place, on the series alone; returns the losses of the epochs."""
 
@@ -244,11 +247,8 @@ def pretrain_trunk(classifier: nn.Module, loaders: dict, accelerator: Accelerato
         epochs=args.num_pretrain_epochs,
         patience=args.num_pretrain_epochs,
         score=score,
-        seed=seed,
-        weight_decay=args.weight_decay,
-        adam_beta2=args.adam_beta2,
-        lr_scheduler_type=args.lr_scheduler_type,
         description="Pretraining",
+        **fit_options(args, seed),
     )
     return [
         {"epoch": epoch["epoch"], "train_loss": epoch["train_loss"], "validation_loss": -epoch["score"]}
@@ -308,11 +308,8 @@ def train_network(
             epochs=args.num_train_epochs,
             patience=args.patience,
             score=score,
-            seed=seed,
-            weight_decay=args.weight_decay,
-            adam_beta2=args.adam_beta2,
-            lr_scheduler_type=args.lr_scheduler_type,
             description=f"Seed {seed}, learning rate {rate:g}",
+            **fit_options(args, seed),
         )
         by_rate[f"{rate:g}"] = result.best_score[0]
         if best is None or result.best_score > best[1].best_score:
@@ -517,17 +514,7 @@ def report(runs: list[dict], folder: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["accelerate", "launch", "training/classify_series.py", *arguments])
-    accelerator = Accelerator()
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-    try:
-        runs = classify(args, accelerator, command)
-    except (ValueError, OSError, StrictDataclassError) as refused:
-        accelerator.print(f"error: {refused}", file=sys.stderr)
-        accelerator.end_training()
-        raise SystemExit(2) from None
+    accelerator, runs = make_runs("training/classify_series.py", arguments, functools.partial(classify, args))
     if accelerator.is_main_process:
         folder = Path(args.output_dir)
         print(f"\n{report(runs, folder)}\n{folder / 'results.md'} shows this with the plots.")

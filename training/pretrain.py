@@ -302,9 +302,11 @@ class Training:
         self.sequences_per_batch = batch_size * accelerator.num_processes
         self.tokens_per_step = self.sequences_per_batch * args.gradient_accumulation_steps * args.block_size
         # On which the order of the data and the count of its batches depend.
-        self.settings = {name: getattr(args, name) for name in ("block_size", "streaming", "seed")}
-        self.settings |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}
-        self.settings |= {"sequences_per_batch": self.sequences_per_batch}
+        names = ("block_size", "streaming", "seed", "gradient_accumulation_steps")
+        self.settings = {
+            **{name: getattr(args, name) for name in names},
+            "sequences_per_batch": self.sequences_per_batch,
+        }
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.epoch, self.batches = 0, 0  # How many batches of this epoch, or of the stream, have been read.
         self.skipped_steps, self.loss_spikes, self.usual_loss = 0, 0, (0.0, 0.0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,11 +15,12 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from pretrain import make_optimizer
+from pretrain import make_optimizer, use_all_cores
 
 
 # Higher is better; the further numbers of a tuple decide between equal first ones.
@@ -32,6 +35,23 @@ class FitResult(NamedTuple):
     best_score: Score
     history: list[dict]
     seconds_per_epoch: float
+
+
+def make_runs(
+    script: str, arguments: list[str] | None, work: Callable[[Accelerator, str], list[dict]]
+) -> tuple[Accelerator, list[dict]]:
+    """What `work(accelerator, command)` returns, by the script with these arguments, or those of this process; exits
+    with one message where it refuses its input."""
+    command = shlex.join(["accelerate", "launch", script, *(sys.argv[1:] if arguments is None else arguments)])
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    try:
+        return accelerator, work(accelerator, command)
+    except (ValueError, OSError, StrictDataclassError) as refused:
+        accelerator.print(f"error: {refused}", file=sys.stderr)
+        accelerator.end_training()
+        raise SystemExit(2) from None
 
 
 def fit(

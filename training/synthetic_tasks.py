@@ -32,9 +32,7 @@ import itertools
 import json
 import math
 import random
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,15 +42,15 @@ import matplotlib
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from cpu_processes import start_missing_processes
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
-from pretrain import describe_environment, make_folder, make_optimizer, parse_overrides, use_all_cores
+from pretrain import describe_environment, make_folder, make_optimizer, parse_overrides
 from series_rivals import MIXERS, build
+from series_training import make_runs
 from whole_files import write_whole
 
 
@@ -414,17 +412,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["accelerate", "launch", "training/synthetic_tasks.py", *arguments])
-    accelerator = Accelerator()
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-    try:
-        runs = run_seeds(args, accelerator, command)
-    except (ValueError, OSError, StrictDataclassError) as refused:
-        accelerator.print(f"error: {refused}", file=sys.stderr)
-        accelerator.end_training()
-        raise SystemExit(2) from None
+    accelerator, runs = make_runs("training/synthetic_tasks.py", arguments, functools.partial(run_seeds, args))
     if accelerator.is_main_process:
         folder = Path(args.output_dir)
         print(f"\n{report(runs, folder)}\n{folder / 'results.md'} shows this with the plot.")
