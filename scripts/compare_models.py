@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +26,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from pretraining_runs import PretrainingRun, pretrain, run_script  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
 
@@ -94,49 +93,22 @@ STUDIES = {
 }
 
 
-class Run(NamedTuple):
-    """What a finished run's folder says: nats per held-out byte at the end and as (step, nats) points on the way."""
-
-    nats_per_byte: float
-    curve: list[tuple[int, float]]
-    training: dict
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        final = records[-1]["validation_nats_per_byte"]
-        tokens_per_byte = final / records[-1]["validation_loss"]
-        curve = [(r["step"], r["validation_loss"] * tokens_per_byte) for r in records if "validation_loss" in r]
-        return cls(final, curve, json.loads((folder / "training.json").read_text()))
-
-
-def run(*command: str) -> None:
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")
-
-
-def train(study: Study, name: str, learning_rate: str, seed: int, runs_dir: Path) -> Run:
+def train(study: Study, name: str, learning_rate: str, seed: int, runs_dir: Path) -> PretrainingRun:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     folder = runs_dir / f"{slug}-{learning_rate}-{seed}"
     model_type, overrides = study.variants[name]
-    arguments = ["--output_dir", str(folder), "--model_type", model_type, "--config_overrides", overrides]
+    arguments = ["--model_type", model_type, "--config_overrides", overrides]
     if study.vocab_size is not None:
         arguments += ["--tokenizer_name", str(runs_dir / "tokenizer")]
     arguments += ["--learning_rate", learning_rate, *study.arguments.split(), "--seed", str(seed)]
-    if not (ROOT / folder / "training.json").exists():
-        run("training/pretrain.py", *arguments)
-    finished = Run.read(ROOT / folder)
-    if not finished.training["command"].endswith(shlex.join(arguments)):
-        raise ValueError(f"{folder} holds a run with other settings; move it away, or give another --runs_dir.")
-    return finished
+    return pretrain(folder, arguments)
 
 
 def prepare_tokenizer(study: Study, runs_dir: Path) -> None:
     """Trains the study's tokenizer, unless it is there already."""
     folder, size = runs_dir / "tokenizer", str(study.vocab_size)
     if not (ROOT / folder).exists():
-        run("training/train_tokenizer.py", "--vocab_size", size, "--output_dir", str(folder))
+        run_script("training/train_tokenizer.py", "--vocab_size", size, "--output_dir", str(folder))
     elif len(AutoTokenizer.from_pretrained(ROOT / folder)) != study.vocab_size:
         raise ValueError(f"{folder} is not of {size} tokens; move it away, or give another --runs_dir.")
 
@@ -169,11 +141,9 @@ def compare(study: Study, runs_dir: Path) -> dict:
                 (points[0][0], statistics.mean(nats for _, nats in points)) for points in zip(*(r.curve for r in runs))
             ]
     training = runs[0].training
-    versions = ", ".join(f"{library} {version}" for library, version in training["versions"].items())
-    hardware = training["hardware"]
     return {
         "title": study.title,
-        "environment": f"{hardware['device']} ({hardware['threads']} threads), {versions}",
+        "environment": runs[0].environment(),
         "steps": training["steps"],
         "tokens_per_step": training["tokens_per_step"],
         "models": models,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import compare_models
+import pretraining_runs
 from compare_models import STUDIES, Study, compare, table
 
 
@@ -29,12 +29,12 @@ def trained(monkeypatch):
     """Stands for pretrain.py: writes what it would have written, with the loss above; lists the runs."""
     runs = []
 
-    def run(script, *arguments):
+    def run(script, *arguments, threads=None):
         assert script == "training/pretrain.py"
         flags = dict(zip(arguments[::2], arguments[1::2]))
         key = (flags["--model_type"], flags["--learning_rate"], int(flags["--seed"]))
         runs.append(key)
-        folder = compare_models.ROOT / flags["--output_dir"]
+        folder = pretraining_runs.ROOT / flags["--output_dir"]
         folder.mkdir(parents=True)
         records = [{"step": 10, "validation_loss": 3 * LOSSES[key]}, {"step": 15, "train_loss": 1.0}]
         records.append({"step": 20, "validation_loss": 2 * LOSSES[key], "validation_nats_per_byte": LOSSES[key]})
@@ -43,7 +43,7 @@ def trained(monkeypatch):
         training |= {"versions": {"torch": "2"}, "steps": 20, "tokens_per_step": 64}
         (folder / "training.json").write_text(json.dumps(training))
 
-    monkeypatch.setattr(compare_models, "run", run)
+    monkeypatch.setattr(pretraining_runs, "run_script", run)
     return runs
 
 

@@ -1,0 +1,382 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""How the loss falls with compute: a ladder of sizes and token counts for LrcSSM, Mamba and Llama, and fits to it.
+
+    python training/scaling_law.py                          # the small ladder, hours on 2 CPU cores
+    python training/scaling_law.py --min_operations 1e15 --max_operations 1e18 --dataset_name roneneldan/TinyStories
+
+Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
+ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
+them is the budget's loss. Every size of every model finds its learning rate at its smallest budget: it is doubled and
+halved until that helps no more. Finished runs are not made again, so that an interrupted ladder goes on where it was.
+
+`--output_dir` receives the runs, `scaling_law.json`, its tables and its plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import pretrain as pretraining
+from pretraining_runs import ROOT, PretrainingRun, pretrain
+from text_data import load_tokenizer
+from whole_files import whole_files
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+FAMILIES = {"lrcssm": "LrcSSM", "mamba": "Mamba", "llama": "Llama"}
+COLORS = {"lrcssm": "tab:blue", "mamba": "tab:orange", "llama": "tab:green"}
+# Width and depth; a layer has about 12 width² weights.
+SIZES = ((16, 2), (24, 2), (32, 2), (48, 2), (64, 3), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8))
+SIZES += ((768, 12), (1024, 16))
+# A budget is spent on the sizes to which it gives so many tokens per parameter.
+TOKENS_PER_PARAMETER = (1, 150)
+DEFAULTS = "--block_size 256 --per_device_train_batch_size 4 --validation_split_percentage 2 --eval_steps 1000000000"
+FIRST_RATE = 4e-3
+RESAMPLES = 500
+
+
+class Cell(NamedTuple):
+    """One budget spent on one size of one model."""
+
+    family: str
+    size: tuple[int, int]
+    budget: float
+    operations_per_token: int
+    steps: int
+
+
+def overrides(family: str, size: tuple[int, int]) -> str:
+    """The configuration of a size; all families have about as many weights (a Mamba layer has half of them)."""
+    width, depth = size
+    common = f"hidden_size={width},num_hidden_layers={depth * (2 if family == 'mamba' else 1)}"
+    heads = max(1, width // 32)
+    own = {
+        "lrcssm": f"intermediate_size={2 * width}",
+        "llama": f"intermediate_size={8 * width // 3},num_attention_heads={heads},num_key_value_heads={heads}",
+        "mamba": "state_size=16",
+    }[family]
+    return f"{common},{own},tie_word_embeddings=True"
+
+
+def operations_per_token(config: PreTrainedConfig, block_size: int) -> int:
+    """Operations of a training step per token: 2 for every weight of a matrix or convolution going forward, those of
+    the sequence mixer, and twice as many going back.
+
+    The LRC cell has 4 sigmoids of 4 operations and 16 others per neuron, Mamba's scan 9 per state (arXiv 2312.00752),
+    and causal attention reads half of the block on average.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Mamba's rates are a matrix that multiplies no vector.
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and not name.endswith("A_log"))
+    mixer = {
+        "lrcssm": lambda: 32 * config.state_size,
+        "mamba": lambda: 9 * config.intermediate_size * config.state_size,
+        "llama": lambda: 2 * config.hidden_size * block_size,
+    }[config.model_type]()
+    return 3 * (2 * weights + config.num_hidden_layers * mixer)
+
+
+def plan(args: argparse.Namespace, passed: list[str]) -> list[Cell]:
+    """The cells of the ladder, by family, size and budget.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    flags = pretraining.parse_args(passed)
+    tokenizer = load_tokenizer(flags.tokenizer_name)
+    tokens_per_step = flags.block_size * flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+    halves = round(2 * math.log10(args.max_operations / args.min_operations))
+    budgets = [args.min_operations * 10 ** (half / 2) for half in range(halves + 1)]
+    fewest, most = TOKENS_PER_PARAMETER
+    cells = []
+    for family in FAMILIES:
+        for size in SIZES:
+            config = pretraining.make_config(family, overrides(family, size), tokenizer)
+            operations = operations_per_token(config, flags.block_size)
+            for budget in budgets:
+                tokens = budget / operations
+                if fewest <= tokens / (operations / 6) <= most:
+                    steps = max(1, round(tokens / tokens_per_step))
+                    cells.append(Cell(family, size, budget, operations, steps))
+    if len(budgets) < 3 or any(sum(c.budget == b and c.family == f for c in cells) < 2 for b in budgets for f in FAMILIES):
+        raise ValueError(
+            f"--min_operations {args.min_operations:g} and --max_operations {args.max_operations:g} must be at least a "
+            "decade apart, with two of the sizes at every budget."
+        )
+    return cells
+
+
+class Ladder:
+    """Makes the runs of a ladder, several at a time."""
+
+    def __init__(self, cells: list[Cell], folder: Path, passed: list[str], workers: int):
+        self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
+        self.threads = None if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // workers)
+        self.highest_budget = max(cell.budget for cell in cells)
+
+    def run(self) -> list[dict]:
+        """A record of every cell."""
+        sizes = {}
+        for cell in self.cells:
+            sizes.setdefault((cell.size, cell.family), []).append(cell)
+        rates: dict[str, Future] = {}
+        futures = []
+        with tqdm(total=len(self.cells), desc="Budgets spent") as bar, ThreadPoolExecutor(self.workers) as workers:
+            # The small sizes first: the largest takes the rate of the one before it.
+            for size, family in sorted(sizes):
+                rates[family] = workers.submit(self._size, sizes[size, family], rates.get(family), bar.update)
+                futures.append(rates[family])
+            try:
+                records = [record for future in futures for record in future.result()["records"]]
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
+        return sorted(records, key=lambda record: (list(FAMILIES).index(record["family"]), record["operations"]))
+
+    def _size(self, cells: list[Cell], smaller: Future | None, done: Callable) -> dict:
+        """The cells of one size of one family, the smallest budget first, and its learning rate."""
+        first, *others = cells
+        if smaller is not None and first.budget > self.highest_budget / 3:
+            # A search would cost as much as the rest of the ladder.
+            rate = smaller.result()["rate"]
+            tried = {rate: self._train(first, rate)}
+        else:
+            tried = self._search(first)
+            rate = min(tried, key=lambda rate: tried[rate].nats_per_byte)
+        records = [self._record(first, rate, tried)]
+        done()
+        for cell in others:
+            records.append(self._record(cell, rate, {rate: self._train(cell, rate)}))
+            done()
+        return {"rate": rate, "records": records}
+
+    def _search(self, cell: Cell) -> dict[float, PretrainingRun]:
+        """Runs with learning rates around the best of them, in factors of 2."""
+        tried = {rate: self._train(cell, rate) for rate in (FIRST_RATE, 2 * FIRST_RATE)}
+        while True:
+            best = min(tried, key=lambda rate: tried[rate].nats_per_byte)
+            missing = [rate for rate in (best / 2, best * 2) if rate not in tried]
+            if not missing:
+                return tried
+            for rate in missing:
+                tried[rate] = self._train(cell, rate)
+
+    def _train(self, cell: Cell, rate: float) -> PretrainingRun:
+        width, depth = cell.size
+        folder = self.folder / "runs" / f"{cell.family}-{width}x{depth}-{cell.steps}-{rate:g}"
+        arguments = ["--model_type", cell.family, "--config_overrides", overrides(cell.family, cell.size)]
+        arguments += ["--max_train_steps", str(cell.steps), "--learning_rate", f"{rate:g}", *self.passed]
+        return pretrain(folder, arguments, self.threads)
+
+    def _record(self, cell: Cell, rate: float, tried: dict[float, PretrainingRun]) -> dict:
+        run = tried[rate]
+        tokens = run.training["steps"] * run.training["tokens_per_step"]
+        return {
+            "family": cell.family,
+            "hidden_size": cell.size[0],
+            "num_hidden_layers": cell.size[1],
+            "parameters": run.training["parameters"],
+            "budget": cell.budget,
+            "operations": cell.operations_per_token * tokens,
+            "operations_per_token": cell.operations_per_token,
+            "tokens": tokens,
+            "learning_rate": rate,
+            "nats_per_byte": run.nats_per_byte,
+            "nats_per_byte_by_learning_rate": {f"{r:g}": tried[r].nats_per_byte for r in sorted(tried)},
+            "environment": run.environment(),
+            "command": run.training["command"],
+        }
+
+
+# --- Fits -----------------------------------------------------------------------------------------------------------
+
+
+def frontier(records: list[dict]) -> list[dict]:
+    """The best run of every budget."""
+    best = {}
+    for record in records:
+        budget = record["budget"]
+        if budget not in best or record["nats_per_byte"] < best[budget]["nats_per_byte"]:
+            best[budget] = record
+    return [best[budget] for budget in sorted(best)]
+
+
+def fit_power_law(records: list[dict]) -> dict:
+    """loss = (scale / operations) ^ exponent, through the best run of every budget, by least squares of logarithms."""
+    points = np.log([[point["operations"], point["nats_per_byte"]] for point in frontier(records)])
+    slope, offset = np.polyfit(points[:, 0], points[:, 1], 1)
+    return {"exponent": -slope, "log_scale": offset / -slope}
+
+
+def fit_parametric(records: list[dict], start: dict | None = None) -> dict:
+    """loss = E + A / N^a + B / D^b over all runs, with N = operations per token / 6 and D tokens, as of arXiv
+    2203.15556, approach 3: Huber's loss, of 1e-3, of the loss's logarithm.
+
+    With operations = 6 N D best shared, what is above E falls as operations^-(a b / (a + b)) and N grows as
+    operations^(b / (a + b)).
+    """
+    sizes = np.log([record["operations_per_token"] / 6 for record in records])
+    tokens = np.log([record["tokens"] for record in records])
+    losses = np.log([record["nats_per_byte"] for record in records])
+
+    def residuals(values):
+        log_e, log_a, a, log_b, b = values
+        terms = np.stack([np.full_like(sizes, log_e), log_a - a * sizes, log_b - b * tokens])
+        return np.logaddexp.reduce(terms) - losses
+
+    starts = [start["values"]] if start else [(e, x * 10, x, y * 10, y) for e in (-1, 0) for x in (0.2, 0.5) for y in (0.2, 0.5)]
+    bounds = [(-10, -10, 0.01, -10, 0.01), (2, 50, 3, 50, 3)]
+    found = [least_squares(residuals, s, bounds=bounds, loss="huber", f_scale=1e-3, max_nfev=2000) for s in starts]
+    best = min(found, key=lambda result: result.cost)
+    log_e, _, a, _, b = best.x
+    return {
+        "exponent": a * b / (a + b),
+        "size_exponent": b / (a + b),
+        "irreducible": math.exp(log_e),
+        "values": [float(value) for value in best.x],
+    }
+
+
+def fit(records: list[dict]) -> dict:
+    """Both laws of one family, each figure with the interval in which 95% of RESAMPLES bootstrap samples of the runs
+    have it; each budget's runs are drawn among themselves."""
+    generator = np.random.default_rng(0)
+    laws = {"power_law": fit_power_law(records), "parametric": fit_parametric(records)}
+    budgets = [[r for r in records if r["budget"] == budget] for budget in sorted({r["budget"] for r in records})]
+    samples = {law: [] for law in laws}
+    for _ in range(RESAMPLES):
+        drawn = [runs[index] for runs in budgets for index in generator.integers(len(runs), size=len(runs))]
+        samples["power_law"].append(fit_power_law(drawn))
+        samples["parametric"].append(fit_parametric(drawn, laws["parametric"]))
+    for law, found in laws.items():
+        found["interval"] = {
+            name: np.percentile([sample[name] for sample in samples[law]], [2.5, 97.5]).tolist()
+            for name in found
+            if name != "values"
+        }
+    return laws
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: dict) -> str:
+    """Markdown: the loss of every budget, and the fits."""
+    names = list(FAMILIES)
+    by_family = {name: [r for r in results["runs"] if r["family"] == name] for name in names}
+    budgets = sorted({record["budget"] for record in results["runs"]})
+    lines = [
+        "Held-out nats per byte of the best size at every amount of compute, with that size (weights that are "
+        f"multiplied, in thousands, and tokens for each); {results['environment']}.",
+        "",
+        f"| operations | {' | '.join(FAMILIES[name] for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for budget in budgets:
+        points = {name: next(p for p in frontier(by_family[name]) if p["budget"] == budget) for name in names}
+        best = min(point["nats_per_byte"] for point in points.values())
+        cells = []
+        for point in points.values():
+            bold = "**" if point["nats_per_byte"] == best else ""
+            size = point["operations_per_token"] / 6
+            cells.append(f"{bold}{point['nats_per_byte']:.3f}{bold} ({size / 1e3:,.0f}, {point['tokens'] / size:.0f})")
+        lines.append(f"| {budget:.1e} | {' | '.join(cells)} |")
+    rows = {
+        "exponent of the loss": ("power_law", "exponent"),
+        "exponent of the loss above the irreducible": ("parametric", "exponent"),
+        "irreducible loss, nats per byte": ("parametric", "irreducible"),
+        "exponent of the best size": ("parametric", "size_exponent"),
+    }
+    lines += [
+        "",
+        f"Fits, with 95% intervals of {RESAMPLES} bootstrap samples of the runs:",
+        "",
+        f"| | {' | '.join(FAMILIES[name] for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for title, (law, key) in rows.items():
+        cells = []
+        for name in names:
+            found = results["fits"][name][law]
+            low, high = found["interval"][key]
+            cells.append(f"{found[key]:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict, path: Path) -> None:
+    """Loss against compute with the fits, and for each family the loss against size at every budget."""
+    figure, axes = plt.subplot_mosaic(
+        [["all", name] for name in FAMILIES], figsize=(11, 7), width_ratios=(2, 1), sharey=True
+    )
+    for name, title in FAMILIES.items():
+        runs, color = [r for r in results["runs"] if r["family"] == name], COLORS[name]
+        law = results["fits"][name]["power_law"]
+        operations = np.array([point["operations"] for point in frontier(runs)], dtype=float)
+        losses = [point["nats_per_byte"] for point in frontier(runs)]
+        axes["all"].scatter([r["operations"] for r in runs], [r["nats_per_byte"] for r in runs], s=8, alpha=0.3, color=color)
+        low, high = law["interval"]["exponent"]
+        label = f"{title}: {law['exponent']:.3f} ({low:.3f} to {high:.3f})"
+        axes["all"].plot(operations, losses, "o", color=color, label=label)
+        wider = np.geomspace(operations[0] / 1.5, operations[-1] * 1.5)
+        axes["all"].plot(wider, np.exp(law["exponent"] * (law["log_scale"] - np.log(wider))), "--", color=color)
+        for budget in sorted({run["budget"] for run in runs}):
+            curve = sorted((r["operations_per_token"] / 6, r["nats_per_byte"]) for r in runs if r["budget"] == budget)
+            axes[name].plot(*zip(*curve), "o-", markersize=3, label=f"{budget:.0e}")
+        axes[name].set(title=title, xscale="log")
+        axes[name].grid(alpha=0.3)
+    axes[list(FAMILIES)[-1]].set_xlabel("weights that are multiplied, and the like")
+    axes[list(FAMILIES)[0]].legend(title="operations", fontsize="x-small", title_fontsize="x-small")
+    axes["all"].set(xscale="log", yscale="log", xlabel="operations of training", ylabel="held-out nats per byte")
+    axes["all"].set_title("Best size at every budget, and the power law's exponent")
+    axes["all"].grid(alpha=0.3, which="both")
+    axes["all"].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--min_operations", type=float, default=1e10, help="The smallest budget (default 1e10).")
+    parser.add_argument("--max_operations", type=float, default=1e13, help="The largest, about (default 1e13).")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/scaling_law"))
+    workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=workers, help="Runs at a time (default one per core or GPU).")
+    args, passed = parser.parse_known_args()
+    passed = [*DEFAULTS.split(), *passed]
+    folder = ROOT / args.output_dir
+    try:
+        cells = plan(args, passed)
+        records = Ladder(cells, args.output_dir, passed, args.workers).run()
+    except (ValueError, RuntimeError) as error:
+        parser.exit(2, f"error: {error}\n")
+    fits = {name: fit([record for record in records if record["family"] == name]) for name in FAMILIES}
+    results = {"environment": records[0]["environment"], "runs": records, "fits": fits}
+    with whole_files(folder) as partial:
+        (partial / "scaling_law.json").write_text(json.dumps(results, indent=1) + "\n")
+        (partial / "scaling_law.md").write_text(tables(results))
+        plot(results, partial / "scaling_law.png")
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()
