@@ -43,7 +43,20 @@ import matplotlib.pyplot as plt
 FAMILIES = {"lrcssm": "LrcSSM", "mamba": "Mamba", "llama": "Llama"}
 COLORS = {"lrcssm": "tab:blue", "mamba": "tab:orange", "llama": "tab:green"}
 # Width and depth; a layer has about 12 width² weights.
-SIZES = ((16, 2), (24, 2), (32, 2), (48, 2), (64, 3), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8))
+SIZES = (
+    (12, 2),
+    (16, 2),
+    (24, 2),
+    (32, 2),
+    (48, 2),
+    (64, 3),
+    (96, 3),
+    (128, 4),
+    (192, 4),
+    (256, 6),
+    (384, 6),
+    (512, 8),
+)
 SIZES += ((768, 12), (1024, 16))
 # A budget is spent on the sizes to which it gives so many tokens per parameter.
 TOKENS_PER_PARAMETER = (1, 150)
@@ -116,7 +129,9 @@ def plan(args: argparse.Namespace, passed: list[str]) -> list[Cell]:
                 if fewest <= tokens / (operations / 6) <= most:
                     steps = max(1, round(tokens / tokens_per_step))
                     cells.append(Cell(family, size, budget, operations, steps))
-    if len(budgets) < 3 or any(sum(c.budget == b and c.family == f for c in cells) < 2 for b in budgets for f in FAMILIES):
+    if len(budgets) < 3 or any(
+        sum(c.budget == b and c.family == f for c in cells) < 2 for b in budgets for f in FAMILIES
+    ):
         raise ValueError(
             f"--min_operations {args.min_operations:g} and --max_operations {args.max_operations:g} must be at least a "
             "decade apart, with two of the sizes at every budget."
@@ -242,7 +257,11 @@ def fit_parametric(records: list[dict], start: dict | None = None) -> dict:
         terms = np.stack([np.full_like(sizes, log_e), log_a - a * sizes, log_b - b * tokens])
         return np.logaddexp.reduce(terms) - losses
 
-    starts = [start["values"]] if start else [(e, x * 10, x, y * 10, y) for e in (-1, 0) for x in (0.2, 0.5) for y in (0.2, 0.5)]
+    starts = (
+        [start["values"]]
+        if start
+        else [(e, x * 10, x, y * 10, y) for e in (-1, 0) for x in (0.2, 0.5) for y in (0.2, 0.5)]
+    )
     bounds = [(-10, -10, 0.01, -10, 0.01), (2, 50, 3, 50, 3)]
     found = [least_squares(residuals, s, bounds=bounds, loss="huber", f_scale=1e-3, max_nfev=2000) for s in starts]
     best = min(found, key=lambda result: result.cost)
@@ -332,7 +351,9 @@ def plot(results: dict, path: Path) -> None:
         law = results["fits"][name]["power_law"]
         operations = np.array([point["operations"] for point in frontier(runs)], dtype=float)
         losses = [point["nats_per_byte"] for point in frontier(runs)]
-        axes["all"].scatter([r["operations"] for r in runs], [r["nats_per_byte"] for r in runs], s=8, alpha=0.3, color=color)
+        axes["all"].scatter(
+            [r["operations"] for r in runs], [r["nats_per_byte"] for r in runs], s=8, alpha=0.3, color=color
+        )
         low, high = law["interval"]["exponent"]
         label = f"{title}: {law['exponent']:.3f} ({low:.3f} to {high:.3f})"
         axes["all"].plot(operations, losses, "o", color=color, label=label)
