@@ -12,6 +12,9 @@ as there are ranks all are; where Newton converges earlier, as it mostly does af
 
 Going back is linear, and takes one gathering: with l_r the gradient by s_r of what is asked of rank r's own steps, that
 by s_r of everything is l_r + p_r (that by s_{r+1}).
+
+Beside the state, a rank needs from those before it what its convolutions read across the border (`steps_before`), and
+from the one after it a label (`spread_labels`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,6 +93,51 @@ class _ScanOverRanks(torch.autograd.Function):
         found = iter(found)
         gradients = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in ctx.leaves]
         return None, None, None, None, None, by_start if rank == 0 else torch.zeros_like(by_start), *gradients
+
+
+def steps_before(last: Tensor, count: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the last K steps before this rank's piece hold, (B, K, D), zero where there are none; differentiable.
+
+    Args:
+        last: (B, K, D), what the last steps of this piece hold, at its end; zero where it has fewer.
+        count: (B,), how many steps stand instead of what was before: as many as there are, or K where a document
+            starts in the piece.
+    """
+    lasts, counts = _Gather.apply(last, group), _gather(count, group)
+    places = torch.arange(last.shape[1], device=last.device)
+    # Zeros that know the others': the first rank, which reads none, has to go back through the gathering too.
+    before = lasts[0].masked_fill(torch.ones_like(lasts[0], dtype=torch.bool), 0)
+    for last, count in zip(lasts[: group.rank()], counts):
+        index = places + count.unsqueeze(1)
+        moved = before.gather(1, index.clamp(max=len(places) - 1).unsqueeze(-1).expand_as(before))
+        before = last + moved.masked_fill((index >= len(places)).unsqueeze(-1), 0)
+    return before
+
+
+def spread_labels(labels: Tensor, group: dist.ProcessGroup, ignore_index: int = -100) -> dict:
+    """Arguments of transformers' loss of language models for this rank's labels (B, T): those of each next step, which
+    after the last is the next rank's first, and a count by which the mean of the ranks' losses is that of the whole."""
+    firsts = F.pad(_gather(labels[:, 0], group), (0, 0, 0, 1), value=ignore_index)
+    shifted = torch.cat([labels[:, 1:], firsts[group.rank() + 1].unsqueeze(1)], dim=1)
+    count = (shifted != ignore_index).sum()
+    dist.all_reduce(count, group=group)
+    return {"shift_labels": shifted, "num_items_in_batch": count / group.size()}
+
+
+class _Gather(torch.autograd.Function):
+    """`_gather` and its gradient, the sum over all ranks of what they ask of this one."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.group.rank()], None
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -25,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_lrcssm import LrcSSMConfig
+from .context_parallel import spread_labels, steps_before
 from .forecasting import ForecastingMixin
 from .recurrence import LrcParameters, load_cpu_kernels, lrc_scan, prefix_scan
 from .saved_states import SavedStatesMixin
@@ -135,11 +137,9 @@ class LrcSSMNeurons(nn.Module):
         parameters = LrcParameters(*values, shift)
         return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
 
-    def forward(
-        self, inputs: Tensor, initial_state: Tensor | None, time_step: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D), (B, T), (B, T) -> states (B, T, D) and final state (B, D), float32 at least."""
-        config = self.config
+    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
+        config, time_step, reset = self.config, steps.time_step, steps.reset
         if config.sensory_activation == "sigmoid":
             inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
         currents = self.currents(inputs).split(config.state_size, dim=-1)
@@ -163,7 +163,7 @@ class LrcSSMNeurons(nn.Module):
             if reset is not None:
                 decay = decay.masked_fill(reset.unsqueeze(-1), 0)
             update = rate * self.leak_potential * torch.tanh(conductance + update_input)
-            states = prefix_scan(decay.expand_as(update), update, initial_state)
+            states = prefix_scan(decay.expand_as(update), update, initial_state, group=steps.group)
             return states, states[:, -1]
 
         return lrc_scan(
@@ -176,6 +176,7 @@ class LrcSSMNeurons(nn.Module):
             reset=reset,
             solver=config.solver,
             backend=config.backend,
+            group=steps.group,
         )
 
 
@@ -202,26 +203,36 @@ class LrcSSMConvolution(nn.Module):
         """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
         batch, length, size = inputs.shape
         kernel = self.weight.shape[1]
+        document = None if steps.reset is None else F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
         past = inputs.new_zeros(batch, kernel - 1, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+        if steps.group is not None and kernel > 1:
+            last = self._last(torch.cat([past, inputs], dim=1), steps, document)
+            count = last.new_full((batch,), length, dtype=torch.long) if steps.lengths is None else steps.lengths
+            if document is not None:
+                count = torch.where(document[:, -1] > 0, kernel - 1, count)
+            past = steps_before(last, count, steps.group)
         window = torch.cat([past, inputs], dim=1)
         outputs = inputs * self.weight[:, -1] + self.bias
-        document = None
-        if steps.reset is not None:
-            document = F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
         for tap in range(kernel - 1):
             tapped = window[:, tap : tap + length]
             if document is not None:
                 tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
             outputs = outputs + tapped * self.weight[:, tap]
-        # What comes after this call continues the last document: its past are the last unmasked steps of that document.
+        return outputs, self._last(window, steps, document).transpose(1, 2)
+
+    def _last(self, window: Tensor, steps: LrcSSMSteps, document: Tensor | None) -> Tensor:
+        """The past of what comes after this call and continues its last document: the last K - 1 unmasked steps of that
+        document, (B, K - 1 + T, D) -> (B, K - 1, D)."""
+        batch, length, size = window.shape
+        past = self.weight.shape[1] - 1
         if steps.lengths is None:
-            last = torch.arange(length, length + kernel - 1, device=inputs.device).expand(batch, -1)
+            last = torch.arange(length - past, length, device=window.device).expand(batch, -1)
         else:
-            last = steps.lengths[:, None] + torch.arange(kernel - 1, device=inputs.device)
-        past = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
-        if document is not None:
-            past = past.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
-        return outputs, past.transpose(1, 2)
+            last = steps.lengths[:, None] + torch.arange(past, device=window.device)
+        taken = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+        if document is None:
+            return taken
+        return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
 
 
 class LrcSSMLayerCache(NamedTuple):
@@ -266,7 +277,7 @@ class LrcSSMMixer(nn.Module):
         conv_state, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
-        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps.time_step, steps.reset)
+        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps)
         if past_key_values is not None:
             past_key_values.write(conv_state, recurrent_state)
         return self.out_proj(states.to(gate.dtype) * self.act(gate))
@@ -340,7 +351,7 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
         _, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
         inputs = self.norm(hidden_states)
-        states, recurrent_state = self.neurons(inputs, recurrent_state, steps.time_step, steps.reset)
+        states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
         if past_key_values is not None:
             past_key_values.write(inputs.new_empty(*recurrent_state.shape, 0), recurrent_state)
         states = states.to(inputs.dtype)
@@ -434,6 +445,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         statistics: tuple[Tensor, Tensor] | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        context_parallel_group: "dist.ProcessGroup | None" = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -465,6 +477,10 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             statistics (`tuple` of two `torch.Tensor` of shape `(batch_size, 1, num_channels)`): with `config.scaling`,
                 mean and standard deviation to use instead of those of `input_values`; needed with a cache, which has
                 read other values.
+            context_parallel_group (`torch.distributed.ProcessGroup`): the ranks over which sequences are spread, in
+                their order; what is passed are this rank's steps, one or more, and the result is theirs. A mask is
+                given on all ranks or on none, and documents are told apart by `position_ids`. Gradients are shares: of
+                a loss that is the mean of the ranks', they are the mean of the ranks', as DDP and FSDP make it.
             use_cache (`bool`): whether to return `past_key_values`.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
@@ -479,8 +495,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        is_spread = context_parallel_group is not None
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not self.config.bidirectional
+            use_cache = self.config.use_cache and not (self.training or self.config.bidirectional or is_spread)
         if use_cache and self.training and self.gradient_checkpointing:
             use_cache = False
         if self.config.bidirectional and (use_cache or past_key_values is not None):
@@ -488,6 +505,10 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 "A model with `bidirectional` reads series from both ends and cannot continue from a cache; pass "
                 "`use_cache=False` and the whole series."
             )
+        if is_spread:
+            asked = {"use_cache": use_cache, "past_key_values": past_key_values is not None}
+            asked |= {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
+            self._check_spread(**asked)
         name, values = self._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
         batch_size, length = values.shape[:2]
         if use_cache and past_key_values is None:
@@ -514,7 +535,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             dtype = torch.promote_types(time_deltas.dtype, torch.float32)
             time_deltas = time_deltas.to(dtype).expand(batch_size, -1)
 
-        steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)
+        steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)._replace(group=context_parallel_group)
         if name == "input_values":
             continues = past_key_values is not None and past_key_values.has_previous_state()
             self._check_rows(steps, length, continues)
@@ -542,6 +563,18 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
         )
+
+    def _check_spread(self, **asked: bool) -> None:
+        """What sequences spread over ranks do not go with, by the name of the argument or field."""
+        config = self.config
+        asked |= {"bidirectional": config.bidirectional, "patch_length": config.patch_length > 1}
+        asked |= {"scaling": config.scaling is not None}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ValueError(
+                    f"`{name}` does not go with `context_parallel_group`: a rank has a piece of each sequence only. "
+                    "Leave it out; documents are told apart by `position_ids`."
+                )
 
     def _one_input(self, **inputs: Tensor | None) -> tuple[str, Tensor]:
         """Name and value of the one input that was given, its shape checked."""
@@ -717,6 +750,7 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        context_parallel_group: "dist.ProcessGroup | None" = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -725,7 +759,8 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         r"""
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids to predict, shifted inside,
-                so that `labels=input_ids` is right; -100 is ignored.
+                so that `labels=input_ids` is right; -100 is ignored. With a `context_parallel_group`, the mean of the
+                ranks' losses is that of the whole sequences.
             logits_to_keep (`int` or `torch.Tensor`): compute the logits of the last so many steps (0: all), or of the
                 steps with these indices.
 
@@ -740,6 +775,7 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            context_parallel_group=context_parallel_group,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             **kwargs,
@@ -748,6 +784,8 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            if context_parallel_group is not None:
+                kwargs |= spread_labels(labels, context_parallel_group)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -833,6 +871,14 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
         else:
             self.score = nn.Linear(config.hidden_size, num_scores)
 
+    def _refuse_spread(self, what: str, arguments: dict) -> None:
+        """For what would be of this rank's piece only."""
+        if arguments.get("context_parallel_group") is not None:
+            raise ValueError(
+                f"{what} would be of one rank's piece with `context_parallel_group`: make it from the logits per step "
+                "of LrcSSMForSequenceModeling, or the hidden states of LrcSSMModel, over all ranks."
+            )
+
     def _outputs(self, outputs: BaseModelOutputWithPast, loss: Tensor | None, logits: Tensor):
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -886,6 +932,7 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
         Returns:
             `logits` (batch_size, num_labels), `loss` with `labels`, and what the model returns.
         """
+        self._refuse_spread("The pooled label", kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1021,6 +1068,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
             raise ValueError(
                 f"With a `prediction_length` of {self.config.prediction_length}, pass `{wanted}` instead of `{given}`."
             )
+        if forecasts or labels is not None:
+            self._refuse_spread("A forecast" if forecasts else "The loss of `labels`", kwargs)
         if logits_to_keep and not forecasts:
             raise ValueError("`logits_to_keep` is for a model with `prediction_length`; leave it out.")
         if forecasts and input_values is None:

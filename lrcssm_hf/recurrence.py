@@ -384,13 +384,21 @@ def _conjugate(tensor: Tensor) -> Tensor:
 _prefix_scan_op.register_autograd(_prefix_scan_backward, setup_context=_prefix_scan_setup)
 
 
-def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
+def prefix_scan(
+    decay: Tensor,
+    inputs: Tensor,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """The linear recurrence h_t = decay_t * h_{t-1} + inputs_t for all t, differentiable in every tensor argument.
 
     Args:
         decay, inputs: (B, T, D), real or complex.
         initial_state: h_0 (for `reverse`, h_{T+1}), (B, D); zero by default.
         reverse: run from the last step to the first, h_t = decay_t * h_{t+1} + inputs_t.
+        group: the ranks over which a sequence is spread, as for [`lrc_scan`]; forwards, and for real numbers.
 
     Returns:
         The states h_1 .. h_T, (B, T, D), in the widest of the arguments' dtypes and at least float32.
@@ -406,6 +414,16 @@ def prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor | None = No
     dtype = _working_dtype(decay, inputs, initial_state)
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
+    if group is not None:
+        if reverse or dtype.is_complex:
+            raise ValueError("With a `group`, leave out `reverse`, and pass real numbers.")
+
+        def scan(operands: dict[str, Tensor], _, start: Tensor) -> tuple[Tensor, Tensor]:
+            states = prefix_scan(**operands, initial_state=start)
+            return states, states[:, -1] if states.shape[1] else start
+
+        operands = {"decay": decay, "inputs": inputs}
+        return scan_over_ranks(scan, group, operands, (), initial_state.to(dtype), _rounding(dtype))[0]
     if inputs.shape[1] == 0:
         return inputs.to(dtype)
     if dtype.is_complex:
@@ -636,7 +654,7 @@ def lrc_scan(
             options = {"solver": solver, "backend": backend, "tolerance": tolerance}
             return lrc_scan(**inputs, parameters=LrcParameters(*parameters), initial_state=start, **options)
 
-        accepted = 16 * torch.finfo(dtype).eps if tolerance is None else tolerance
+        accepted = _rounding(dtype) if tolerance is None else tolerance
         return scan_over_ranks(scan, group, inputs, parameters, initial_state.to(dtype), accepted)
     weights = torch.stack([parameter.to(dtype) for parameter in parameters if parameter is not None])
     if initial_state is None:
@@ -672,7 +690,7 @@ def lrc_scan(
         final_state = states[:, -1].clone()
     else:
         if tolerance is None:
-            tolerance = 16 * torch.finfo(dtype).eps
+            tolerance = _rounding(dtype)
         states, final_state, numbers = _lrc_scan_op(*operands, initial_state, weights, solver, backend, tolerance)
         if return_info:
             iterations, residual, fell_back, used = numbers.tolist()
@@ -694,6 +712,11 @@ def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The relative error that is accepted by default."""
+    return 16 * torch.finfo(dtype).eps
 
 
 class Kernels(NamedTuple):

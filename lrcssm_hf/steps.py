@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from .context_parallel import steps_before
 
 
 class LrcSSMSteps(NamedTuple):
@@ -25,6 +28,7 @@ class LrcSSMSteps(NamedTuple):
         order: (B, T), where each packed step comes from; None where they are in the user's order.
         count: (B, T), the number of unmasked steps up to each step, in the user's order; None without a mask.
         lengths: (B,), the number of unmasked steps; None without a mask.
+        group: the ranks over which the sequences are spread, of which these are this rank's steps; None for whole ones.
     """
 
     time_step: Tensor | None
@@ -32,6 +36,7 @@ class LrcSSMSteps(NamedTuple):
     order: Tensor | None = None
     count: Tensor | None = None
     lengths: Tensor | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(
@@ -64,8 +69,12 @@ class LrcSSMSteps(NamedTuple):
         if it had not been taken; before the first real step the output is zero."""
         if self.count is None:
             return outputs
-        empty = (self.count == 0).view(*self.count.shape, *[1] * (outputs.dim() - 2))
-        return take(outputs, (self.count - 1).clamp(min=0)).masked_fill(empty.to(outputs.device), 0)
+        empty = (self.count == 0).view(*self.count.shape, *[1] * (outputs.dim() - 2)).to(outputs.device)
+        unpacked = take(outputs, (self.count - 1).clamp(min=0)).masked_fill(empty, 0)
+        if self.group is None:
+            return unpacked
+        # What the masked steps repeat with which this rank's piece begins, the ranks before know.
+        return torch.where(empty, steps_before(unpacked[:, -1:], self.lengths, self.group), unpacked)
 
     # --- Patches ---
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lrcssm_hf import lrc_scan
+from lrcssm_hf import lrc_scan, prefix_scan
 from problems import cast, leaves, random_problem
+from tiny_models import make_model, random_ids
 
 
 RANKS = 4
@@ -28,6 +29,17 @@ CASES = {
     "bfloat16": ({}, torch.bfloat16, "auto", (7, 14, 21)),
 }
 STEPS = 29
+# Name -> configuration, dtype, whether there are masks and several documents in a row, and the cuts.
+MODELS = {
+    "model": ({}, torch.float64, False, (7, 14, 21)),
+    "masks, documents": ({}, torch.float64, True, (3, 4, 20)),
+    "in pieces shorter than the convolution": ({}, torch.float64, True, (1, 2, 4)),
+    "float32": ({}, torch.float32, True, (11, 12, 20)),
+    "linear": ({"state_dependence": "input"}, torch.float64, True, (7, 9, 21)),
+    "no convolution": ({"conv_kernel": 1}, torch.float64, True, (7, 9, 21)),
+    "paper": ({"block_type": "paper"}, torch.float64, True, (7, 9, 21)),
+    "gradient checkpointing": ({"checkpointed": True}, torch.float64, True, (7, 9, 21)),
+}
 
 
 def run(folder: Path) -> None:
@@ -46,6 +58,11 @@ def _run(rank: int, folder: Path) -> None:
         if rank < 2:
             check(f"{name}, two ranks", options, dtype, solver, cuts[1:2], two)
         torch.save(results, folder / f"{name}-{rank}")
+    for name, (changes, dtype, full, cuts) in MODELS.items():
+        check_model(name, dict(changes), dtype, full, cuts, dist.group.WORLD)
+        if rank < 2:
+            check_model(f"{name}, two ranks", dict(changes), dtype, full, cuts[1:2], two)
+    check_linear_scan(dist.group.WORLD)
     dist.destroy_process_group()
 
 
@@ -96,3 +113,48 @@ def check(name, options, dtype, solver, cuts, group) -> int:
         error = (total - theirs.double()).abs().max() / (1 + theirs.abs().max())
         assert error <= tolerance * 10, (name, index, error)
     return len(calls)
+
+
+def check_model(name, changes, dtype, full, cuts, group) -> None:
+    """Logits of this rank's piece, and the means of the ranks' losses and gradients, against the whole sequence's."""
+    rank, edges = group.rank(), [0, *cuts, STEPS]
+    checkpointed = changes.pop("checkpointed", False)
+    model = make_model(**changes).to(dtype).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    inputs = {"input_ids": random_ids(3, STEPS)}
+    labels = inputs["input_ids"]
+    if full:
+        generator = torch.Generator().manual_seed(2)
+        inputs["attention_mask"] = (torch.rand(3, STEPS, generator=generator) < 0.7).long()
+        inputs["position_ids"] = torch.randint(6, (3, STEPS), generator=generator)
+        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+
+    def run(part, **options):
+        piece = {key: value[:, part] for key, value in inputs.items()}
+        outputs = model(**piece, labels=labels[:, part], **options)
+        gradients = torch.autograd.grad(outputs.loss, list(model.parameters()))
+        return outputs.logits.detach(), [outputs.loss.detach(), *gradients]
+
+    part = slice(edges[rank], edges[rank + 1])
+    expected_logits, expected = run(slice(None))
+    logits, found = run(part, context_parallel_group=group)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5}[dtype]
+    error = (logits - expected_logits[:, part]).abs() / (1 + expected_logits.abs().max())
+    assert not (error > tolerance).any(), (name, rank, error.max())
+    for index, (ours, theirs) in enumerate(zip(found, expected)):
+        mean = ours.clone()
+        dist.all_reduce(mean, group=group)
+        error = (mean / group.size() - theirs).abs().max() / (1 + theirs.abs().max())
+        # transformers computes losses in float32.
+        assert error <= 2e-6, (name, index, error)
+
+
+def check_linear_scan(group) -> None:
+    """`prefix_scan` of this rank's steps, of which the second rank has none."""
+    generator = torch.Generator().manual_seed(3)
+    decay, inputs, start = (torch.randn(2, n, 5, generator=generator, dtype=torch.float64) for n in (STEPS, STEPS, 1))
+    cuts = (9, 9, 20)
+    part = slice([0, *cuts][group.rank()], [*cuts, STEPS][group.rank()])
+    found = prefix_scan(decay[:, part], inputs[:, part], start[:, 0], group=group)
+    torch.testing.assert_close(found, prefix_scan(decay, inputs, start[:, 0])[:, part])

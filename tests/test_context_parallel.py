@@ -5,7 +5,16 @@ import pytest
 import torch
 
 import several_ranks
+from lrcssm_hf import (
+    LrcParameters,
+    LrcSSMForSequenceClassification,
+    LrcSSMForSequenceModeling,
+    LrcSSMModel,
+    lrc_scan,
+    prefix_scan,
+)
 from lrcssm_hf.context_parallel import _match
+from tiny_models import make_model, random_ids
 
 
 def test_pieces_on_several_ranks_are_the_whole_sequence(tmp_path):
@@ -23,9 +32,29 @@ def test_a_right_start_has_a_right_end_and_a_guess_is_a_number():
     assert _match(starts, ends, slopes).flatten().tolist() == [0, 1, 2.5, 3]
 
 
-def test_what_does_not_go_with_a_group_is_refused():
-    from lrcssm_hf import LrcParameters, lrc_scan
-
+def test_scans_refuse_what_does_not_go_with_a_group():
     parameters = LrcParameters(*torch.randn(8, 5))
     with pytest.raises(ValueError, match="return_info"):
         lrc_scan(torch.randn(1, 3, 5), torch.randn(1, 3, 5), parameters, return_info=True, group=object())
+    with pytest.raises(ValueError, match="reverse"):
+        prefix_scan(torch.randn(1, 3, 5), torch.randn(1, 3, 5), reverse=True, group=object())
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "inputs", "message"),
+    [
+        (LrcSSMModel, {}, {"use_cache": True}, "`use_cache` does not go with"),
+        (LrcSSMModel, {}, {"seq_idx": torch.zeros(1, 6, dtype=torch.long)}, "`seq_idx` does not go with"),
+        (LrcSSMModel, {"num_channels": 2, "patch_length": 2}, {}, "`patch_length` does not go with"),
+        (LrcSSMModel, {"num_channels": 2, "scaling": "std"}, {}, "`scaling` does not go with"),
+        (LrcSSMModel, {"num_channels": 2, "bidirectional": True}, {}, "`bidirectional` does not go with"),
+        (LrcSSMForSequenceClassification, {}, {}, "The pooled label would be of one rank's piece"),
+        (LrcSSMForSequenceModeling, {}, {"labels": torch.zeros(1, 6).long()}, "The loss of `labels` would be"),
+        (LrcSSMForSequenceModeling, {"num_channels": 2, "prediction_length": 3}, {}, "A forecast would be"),
+    ],
+)
+def test_models_refuse_what_does_not_go_with_a_group(head, changes, inputs, message):
+    model = make_model(head, **changes)
+    given = {"input_values": torch.zeros(1, 6, 2)} if "num_channels" in changes else {"input_ids": random_ids(1, 6)}
+    with pytest.raises(ValueError, match=message):
+        model(**given, **inputs, context_parallel_group=object())

@@ -8,6 +8,7 @@ import torch
 
 import stability_report
 from lrcssm_hf import LrcParameters, LrcSSMConfig, LrcSSMForCausalLM, LrcSSMModel, lrc_step
+from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
 from lrcssm_hf.stability import confine, jacobian_bound
 from tiny_models import make_config, make_model
 
@@ -93,14 +94,14 @@ def test_gradients_do_not_grow_over_65536_steps(changes, dtype):
     neurons = neurons.to(dtype)
     inputs, state = torch.randn(1, 65536, 16).to(dtype), torch.randn(1, 16, requires_grad=True)
     inputs.requires_grad_()
-    _, final = neurons(inputs, state, None, None)
+    _, final = neurons(inputs, state, LrcSSMSteps(None))
     by_state, by_inputs = torch.autograd.grad(final.sum(), [state, inputs])
     assert (by_state.abs() <= 1 + 1e-4).all() and by_state.abs().max() > 0.1 and by_inputs.isfinite().all()
     # No step has more influence than its own currents give it: a sum over neurons of bounded slopes.
     norms = by_inputs[0].float().norm(dim=-1)
     assert norms[:-1].max() < 100 * norms[-100:].max()
     for steps in (1, 64, 4096):
-        _, near = neurons(inputs[:, :steps].detach(), state, None, None)
+        _, near = neurons(inputs[:, :steps].detach(), state, LrcSSMSteps(None))
         (gradient,) = torch.autograd.grad(near.sum(), state)
         assert (by_state.abs() <= gradient.abs() * (1 + 1e-3) + 1e-6).all()
 

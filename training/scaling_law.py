@@ -365,7 +365,7 @@ def plot(results: dict, path: Path) -> None:
         axes[name].set(title=title, xscale="log")
         axes[name].grid(alpha=0.3)
     axes[list(FAMILIES)[-1]].set_xlabel("weights that are multiplied, and the like")
-    axes[list(FAMILIES)[0]].legend(title="operations", fontsize="x-small", title_fontsize="x-small")
+    axes[next(iter(FAMILIES))].legend(title="operations", fontsize="x-small", title_fontsize="x-small")
     axes["all"].set(xscale="log", yscale="log", xlabel="operations of training", ylabel="held-out nats per byte")
     axes["all"].set_title("Best size at every budget, and the power law's exponent")
     axes["all"].grid(alpha=0.3, which="both")
