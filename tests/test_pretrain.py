@@ -216,6 +216,31 @@ def test_two_processes_stream_the_order_of_one(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+@pytest.mark.parametrize(("processes", "streaming"), [(2, False), (4, True)])
+def test_sequences_spread_over_processes_are_learned_as_whole_ones(processes, streaming, tmp_path):
+    """In groups of two processes, which read the batches of one; resumed in the middle."""
+    rows = [json.dumps({"text": f"the {i}th text " * (3 + i % 7)}) + "\n" for i in range(300)]
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    (tmp_path / "held_out.jsonl").write_text("".join(rows[::9]))
+    arguments = [*SMALL, "--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "held_out.jsonl"]
+    arguments += ["--block_size", "65"] + ["--streaming"] * streaming
+    one, spread = tmp_path / "one", tmp_path / "spread"
+    batch_size = processes
+    result = run(*arguments, "--output_dir", one, "--per_device_train_batch_size", batch_size)
+    assert result.returncode == 0, result.stderr[-2000:]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    arguments += ["--context_parallel_size", "2", "--checkpointing_steps", "7", "--output_dir", spread]
+    for resume in ([], ["--resume_from_checkpoint", "latest"]):
+        result = run(*arguments, *resume, launch=launch)
+        assert result.returncode == 0 and f"on {processes} x cpu" in result.stdout, result.stderr[-2000:]
+        found = [record for record in records(spread) if record["step"] != 7 or "validation_loss" in record]
+        for ours, theirs in zip(found, records(one), strict=True):
+            # Between records, the loss is the mean since the last one.
+            names = {"step", "tokens", "validation_loss", "validation_nats_per_byte"} & theirs.keys()
+            for name in names | ({"train_loss"} if theirs["step"] == 5 else set()):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (resume, name)
+
+
 def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
     folder, _ = trained
     train_file, validation_file = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
@@ -259,6 +284,8 @@ def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
         (["--config_overrides", "hidden_act=foo"], "`hidden_act` must be one of"),
         (["--learning_rate", "-1"], "--learning_rate must be positive"),
         (["--lr_scheduler_type", "nonsense"], "--lr_scheduler_type"),
+        (["--context_parallel_size", "2"], "--context_parallel_size 2 does not divide the number of processes, 1"),
+        (["--context_parallel_size", "99"], "too short for 99 pieces"),
         (["--checkpointing_steps", "often"], "--checkpointing_steps must be a number or 'epoch'"),
         (["--push_to_hub", "--train_file", "{text}"], "offline"),
     ],

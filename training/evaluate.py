@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lrcssm_hf  # noqa: F401  registers the model
+from context_pieces import ContextPieces
 from text_data import add_data_arguments, document_positions, load_blocks
 
 
@@ -27,17 +28,26 @@ def use_compiled_mamba(model, accelerator: Accelerator) -> None:
         compile_mamba_for_cpu()
 
 
-def model_inputs(model: PreTrainedModel, ids: Tensor, end: int | None) -> dict:
-    """Arguments for a block of token ids (B, T), in which texts that `end` ends are kept apart if the model can."""
-    inputs = {"input_ids": ids, "use_cache": False}
+def model_inputs(model: PreTrainedModel, ids: Tensor, end: int | None, pieces: ContextPieces) -> dict:
+    """Arguments for this process's piece of token ids (B, T), whose texts, each ended by `end`, are kept apart where the
+    model can."""
+    part = pieces.piece(ids.shape[1])
+    inputs = {"input_ids": ids[:, part], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = document_positions(ids, end)
+        inputs["position_ids"] = document_positions(ids, end)[:, part]
+    if pieces.group is not None:
+        inputs["context_parallel_group"] = pieces.group
     return inputs
 
 
 @torch.no_grad()
 def nats_per_token(
-    model: PreTrainedModel, blocks: DataLoader, accelerator: Accelerator, end: int | None, progress: bool = False
+    model: PreTrainedModel,
+    blocks: DataLoader,
+    accelerator: Accelerator,
+    end: int | None,
+    pieces: ContextPieces,
+    progress: bool = False,
 ) -> float:
     """Mean negative log-likelihood of the tokens of all blocks but each block's first."""
     training = model.training
@@ -45,11 +55,15 @@ def nats_per_token(
     losses = []
     for batch in tqdm(blocks, desc="Evaluating", disable=not (progress and accelerator.is_main_process), leave=False):
         ids = batch["input_ids"]
-        logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end)).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
-        losses.append(accelerator.gather_for_metrics(loss))
+        logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end, pieces)).logits.float()
+        part = pieces.piece(ids.shape[1])
+        following = ids[:, part.start + 1 : part.stop + 1]
+        logits = logits[:, : following.shape[1]].transpose(1, 2)
+        loss = pieces.sum(F.cross_entropy(logits, following, reduction="none").sum(1))
+        losses.append(pieces.gather(loss / (ids.shape[1] - 1)))
     model.train(training)
-    return torch.cat(losses).double().mean().item()
+    # Where processes have to have as many blocks, the last of them are blocks from the front again.
+    return torch.cat(losses)[: len(blocks.dataset)].double().mean().item()
 
 
 def main() -> None:
@@ -67,7 +81,9 @@ def main() -> None:
     accelerator = Accelerator()
     use_compiled_mamba(model, accelerator)
     loader = DataLoader(blocks.validation, batch_size=args.per_device_eval_batch_size)
-    loss = nats_per_token(*accelerator.prepare(model, loader), accelerator, tokenizer.eos_token_id, progress=True)
+    pieces = ContextPieces(accelerator, 1)
+    model, loader = accelerator.prepare(model, loader)
+    loss = nats_per_token(model, loader, accelerator, tokenizer.eos_token_id, pieces, progress=True)
     accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * blocks.tokens_per_byte}))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -52,6 +53,7 @@ from transformers import (
 
 import lrcssm_hf
 from checkpoints import StopSignals, find_checkpoint, remove_partial, save_checkpoint
+from context_pieces import ContextPieces
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
@@ -93,6 +95,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
     train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
     train.add_argument("--gradient_checkpointing", action="store_true")
+    train.add_argument(
+        "--context_parallel_size", type=int, default=1, help="Processes over which each sequence is spread (default 1)."
+    )
     train.add_argument("--peak_tflops", type=float, help="Of a device, to report the share of it that is used.")
     train.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
@@ -112,11 +117,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
-    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit"]:
+    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit", "context_parallel_size"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
         parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
+    if args.block_size < args.context_parallel_size:
+        parser.error(f"--block_size {args.block_size} is too short for {args.context_parallel_size} pieces.")
     if args.streaming and (args.num_train_epochs is not None or args.checkpointing_steps == "epoch"):
         parser.error("--streaming: a stream has no epochs; give --max_train_steps and --checkpointing_steps in steps.")
     if args.model_name_or_path and args.config_overrides:
@@ -245,6 +252,8 @@ def prepare(args: argparse.Namespace) -> Inputs:
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
+    if args.context_parallel_size > 1 and "context_parallel_group" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"--context_parallel_size is for models of type lrcssm, not {model.config.model_type}.")
     blocks = load_blocks(args, tokenizer, args.seed)
     repository = None
     if args.push_to_hub:
@@ -263,8 +272,15 @@ class Training:
     SPIKE, SETTLED, DECAY = 6, 100, 0.98
     SKIPPED_IN_A_ROW = 20  # and no further.
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, inputs: Inputs, checkpoint: Path | None):
-        self.args, self.accelerator, self.folder = args, accelerator, inputs.folder
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        pieces: ContextPieces,
+        inputs: Inputs,
+        checkpoint: Path | None,
+    ):
+        self.args, self.accelerator, self.pieces, self.folder = args, accelerator, pieces, inputs.folder
         blocks, batch_size = inputs.blocks, args.per_device_train_batch_size
         self.end, self.tokens_per_byte = inputs.tokenizer.eos_token_id, blocks.tokens_per_byte
         self.stream = blocks.train if args.streaming else None
@@ -272,7 +288,7 @@ class Training:
             blocks.train,
             batch_size=batch_size,
             shuffle=not args.streaming,
-            drop_last=not args.streaming and len(blocks.train) >= batch_size * accelerator.num_processes,
+            drop_last=not args.streaming and len(blocks.train) >= batch_size * pieces.num_readers,
             generator=torch.Generator().manual_seed(args.seed),
         )
         held_out = blocks.validation
@@ -280,9 +296,8 @@ class Training:
         held_out_loader = DataLoader(held_out, batch_size=args.per_device_eval_batch_size)
         curve_loader = DataLoader(curve, batch_size=args.per_device_eval_batch_size)
         optimizer = make_optimizer(inputs.model, args.learning_rate, args.weight_decay)
-        self.model, self.optimizer, self.loader, self.held_out, self.curve = accelerator.prepare(
-            inputs.model, optimizer, loader, held_out_loader, curve_loader
-        )
+        self.model, self.optimizer = accelerator.prepare(inputs.model, optimizer)
+        self.loader, self.held_out, self.curve = map(pieces.prepare, (loader, held_out_loader, curve_loader))
         self.steps_per_epoch = None
         if not args.streaming:
             self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
@@ -299,7 +314,7 @@ class Training:
                 "warmup_stable_decay": {"num_decay_steps": self.last_step // 5},
             }.get(args.lr_scheduler_type),
         )
-        self.sequences_per_batch = batch_size * accelerator.num_processes
+        self.sequences_per_batch = batch_size * pieces.num_readers
         self.tokens_per_step = self.sequences_per_batch * args.gradient_accumulation_steps * args.block_size
         # On which the order of the data and the count of its batches depend.
         names = ("block_size", "streaming", "seed", "gradient_accumulation_steps")
@@ -395,9 +410,9 @@ class Training:
         losses, in_a_row = [], 0
         for batch in self.read_batches():
             ids = batch["input_ids"]
-            inputs = model_inputs(accelerator.unwrap_model(self.model), ids, self.end)
+            inputs = model_inputs(accelerator.unwrap_model(self.model), ids, self.end, self.pieces)
             with accelerator.accumulate(self.model):
-                loss = self.model(**inputs, labels=ids).loss
+                loss = self.model(**inputs, labels=inputs["input_ids"]).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
@@ -409,7 +424,7 @@ class Training:
                     self.skipped_steps += not is_finite
                 self.optimizer.zero_grad()
             losses.append(loss.detach().float())
-            self.tokens += ids.numel() * accelerator.num_processes
+            self.tokens += ids.numel() * self.pieces.num_readers
             if accelerator.sync_gradients:
                 yield torch.stack(losses).mean()
                 losses.clear()
@@ -471,14 +486,14 @@ class Training:
         shown |= {name: getattr(self, name) for name in ("loss_spikes", "skipped_steps") if getattr(self, name)}
         bar.set_postfix(shown)
         if evaluate:
-            record["validation_loss"] = nats_per_token(self.model, self.curve, self.accelerator, self.end)
+            record["validation_loss"] = nats_per_token(self.model, self.curve, self.accelerator, self.end, self.pieces)
         self.accelerator.log(record, step=self.step)
         if self.metrics is not None:
             self.metrics.add(**record)
 
     def finish(self) -> float:
         """Measures the whole held-out text, writes the last record and the picture; returns nats per byte."""
-        loss = nats_per_token(self.model, self.held_out, self.accelerator, self.end, progress=True)
+        loss = nats_per_token(self.model, self.held_out, self.accelerator, self.end, self.pieces, progress=True)
         nats_per_byte = loss * self.tokens_per_byte
         if self.metrics is not None:
             self.metrics.add(
@@ -579,6 +594,7 @@ def main(arguments: list[str] | None = None) -> None:
         use_all_cores()
     checkpoint = None
     try:
+        pieces = ContextPieces(accelerator, args.context_parallel_size)
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
     except ValueError as refused:
@@ -601,7 +617,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
     try:
-        training = Training(args, accelerator, inputs, checkpoint)
+        training = Training(args, accelerator, pieces, inputs, checkpoint)
         stopped = training.run()
         if stopped is None:
             nats_per_byte = training.finish()
