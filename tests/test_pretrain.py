@@ -191,54 +191,6 @@ def test_two_processes(text_file, tmp_path):
     assert "on 2 x cpu" in result.stdout
     assert records(tmp_path)[-2]["tokens"] == 12 * 2 * 2 * 64
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.hidden_size == 32
-    # The same global batch in one process: another order of the data, the same loss but for that.
-    single = tmp_path / "single"
-    arguments = ["--train_file", text_file, "--output_dir", single, "--per_device_train_batch_size", "4"]
-    assert run(*SMALL, *arguments).returncode == 0
-    losses = [records(folder)[-1]["validation_nats_per_byte"] for folder in (tmp_path, single)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-
-
-def test_two_processes_stream_the_order_of_one(tmp_path):
-    """The same global batches, and so the same curve."""
-    for name in ("train", "held_out"):
-        rows = [json.dumps({"text": f"{name} {i} " * (3 + i % 7)}) + "\n" for i in range(60)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-    files = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "held_out.jsonl", "--streaming"]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    two, one = tmp_path / "two", tmp_path / "one"
-    result = run(*SMALL, *files, "--output_dir", two, launch=launch)
-    assert result.returncode == 0 and "on 2 x cpu" in result.stdout, result.stderr[-2000:]
-    result = run(*SMALL, *files, "--output_dir", one, "--per_device_train_batch_size", "4")
-    assert result.returncode == 0, result.stderr[-2000:]
-    for ours, theirs in zip(records(two), records(one), strict=True):
-        for name in {"step", "tokens", "train_loss", "validation_loss"} & theirs.keys():
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-
-
-@pytest.mark.parametrize(("processes", "streaming"), [(2, False), (4, True)])
-def test_sequences_spread_over_processes_are_learned_as_whole_ones(processes, streaming, tmp_path):
-    """In groups of two processes, which read the batches of one; resumed in the middle."""
-    rows = [json.dumps({"text": f"the {i}th text " * (3 + i % 7)}) + "\n" for i in range(300)]
-    (tmp_path / "train.jsonl").write_text("".join(rows))
-    (tmp_path / "held_out.jsonl").write_text("".join(rows[::9]))
-    arguments = [*SMALL, "--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "held_out.jsonl"]
-    arguments += ["--block_size", "65"] + ["--streaming"] * streaming
-    one, spread = tmp_path / "one", tmp_path / "spread"
-    batch_size = processes
-    result = run(*arguments, "--output_dir", one, "--per_device_train_batch_size", batch_size)
-    assert result.returncode == 0, result.stderr[-2000:]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
-    arguments += ["--context_parallel_size", "2", "--checkpointing_steps", "7", "--output_dir", spread]
-    for resume in ([], ["--resume_from_checkpoint", "latest"]):
-        result = run(*arguments, *resume, launch=launch)
-        assert result.returncode == 0 and f"on {processes} x cpu" in result.stdout, result.stderr[-2000:]
-        found = [record for record in records(spread) if record["step"] != 7 or "validation_loss" in record]
-        for ours, theirs in zip(found, records(one), strict=True):
-            # Between records, the loss is the mean since the last one.
-            names = {"step", "tokens", "validation_loss", "validation_nats_per_byte"} & theirs.keys()
-            for name in names | ({"train_loss"} if theirs["step"] == 5 else set()):
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (resume, name)
 
 
 def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):

@@ -29,8 +29,8 @@ def use_compiled_mamba(model, accelerator: Accelerator) -> None:
 
 
 def model_inputs(model: PreTrainedModel, ids: Tensor, end: int | None, pieces: ContextPieces) -> dict:
-    """Arguments for this process's piece of token ids (B, T), whose texts, each ended by `end`, are kept apart where the
-    model can."""
+    """Arguments for this process's piece of token ids (B, T), whose texts, ended by `end`, are kept apart if the model
+    can."""
     part = pieces.piece(ids.shape[1])
     inputs = {"input_ids": ids[:, part], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:

@@ -594,6 +594,13 @@ def main(arguments: list[str] | None = None) -> None:
         use_all_cores()
     checkpoint = None
     try:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > accelerator.num_processes:
+            # Each would train on its own, into the same folder.
+            raise ValueError(
+                f"This is one of {started} processes, which do not find each other without a GPU for each; on CPUs, "
+                "add --cpu to `accelerate launch`, or set ACCELERATE_USE_CPU=true."
+            )
         pieces = ContextPieces(accelerator, args.context_parallel_size)
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
