@@ -6,8 +6,9 @@
 
 Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
 ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
-them is the budget's loss. Every size of every model finds its learning rate at its smallest budget: it is doubled and
-halved until that helps no more. Finished runs are not made again, so that an interrupted ladder goes on where it was.
+them is the budget's loss. Every size of every model finds its learning rate at its smallest budget, where it is doubled
+and halved until that helps no more; with the next budgets it is halved as long as that helps. The largest budgets take
+what was found before. Finished runs are not made again, so that an interrupted ladder goes on where it was.
 
 `--output_dir` receives the runs, `scaling_law.json`, its tables and its plot.
 """
@@ -61,7 +62,7 @@ SIZES += ((768, 12), (1024, 16))
 # A budget is spent on the sizes to which it gives so many tokens per parameter.
 TOKENS_PER_PARAMETER = (1, 150)
 DEFAULTS = "--block_size 256 --per_device_train_batch_size 4 --validation_split_percentage 2 --eval_steps 1000000000"
-FIRST_RATE = 4e-3
+FIRST_RATE = 8e-3
 RESAMPLES = 500
 
 
@@ -145,7 +146,8 @@ class Ladder:
     def __init__(self, cells: list[Cell], folder: Path, passed: list[str], workers: int):
         self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
         self.threads = None if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // workers)
-        self.highest_budget = max(cell.budget for cell in cells)
+        # Beyond it, a search would cost as much as the rest of the ladder.
+        self.searched = max(cell.budget for cell in cells) / 3
 
     def run(self) -> list[dict]:
         """A record of every cell."""
@@ -155,7 +157,7 @@ class Ladder:
         rates: dict[str, Future] = {}
         futures = []
         with tqdm(total=len(self.cells), desc="Budgets spent") as bar, ThreadPoolExecutor(self.workers) as workers:
-            # The small sizes first: the largest takes the rate of the one before it.
+            # The small sizes first: one that has the largest budgets only takes the rate of the one before it.
             for size, family in sorted(sizes):
                 rates[family] = workers.submit(self._size, sizes[size, family], rates.get(family), bar.update)
                 futures.append(rates[family])
@@ -168,27 +170,26 @@ class Ladder:
 
     def _size(self, cells: list[Cell], smaller: Future | None, done: Callable) -> dict:
         """The cells of one size of one family, the smallest budget first, and its learning rate."""
-        first, *others = cells
-        if smaller is not None and first.budget > self.highest_budget / 3:
-            # A search would cost as much as the rest of the ladder.
-            rate = smaller.result()["rate"]
-            tried = {rate: self._train(first, rate)}
-        else:
-            tried = self._search(first)
+        rate, records = None, []
+        for cell in cells:
+            if cell.budget > self.searched:
+                rate = smaller.result()["rate"] if rate is None else rate
+                tried = {rate: self._train(cell, rate)}
+            elif rate is None:
+                tried = self._search(cell, FIRST_RATE, (0.5, 2))
+            else:
+                tried = self._search(cell, rate, (0.5,))
             rate = min(tried, key=lambda rate: tried[rate].nats_per_byte)
-        records = [self._record(first, rate, tried)]
-        done()
-        for cell in others:
-            records.append(self._record(cell, rate, {rate: self._train(cell, rate)}))
+            records.append(self._record(cell, rate, tried))
             done()
         return {"rate": rate, "records": records}
 
-    def _search(self, cell: Cell) -> dict[float, PretrainingRun]:
-        """Runs with learning rates around the best of them, in factors of 2."""
-        tried = {rate: self._train(cell, rate) for rate in (FIRST_RATE, 2 * FIRST_RATE)}
+    def _search(self, cell: Cell, rate: float, factors: tuple[float, ...]) -> dict[float, PretrainingRun]:
+        """Runs with this learning rate and with those next to the best, until they are no better."""
+        tried = {rate: self._train(cell, rate)}
         while True:
             best = min(tried, key=lambda rate: tried[rate].nats_per_byte)
-            missing = [rate for rate in (best / 2, best * 2) if rate not in tried]
+            missing = [best * factor for factor in factors if best * factor not in tried]
             if not missing:
                 return tried
             for rate in missing:
