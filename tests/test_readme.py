@@ -41,6 +41,7 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
         ("block_comparison", None),
         ("rival_comparison", None),
         ("state_tracking", None),
+        ("context_parallel", None),
         # The first of several tables.
         ("series_forecasting", "\nMean absolute error"),
         ("series_classification", "\n![Mean ranks]"),

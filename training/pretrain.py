@@ -601,6 +601,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"This is one of {started} processes, which do not find each other without a GPU for each; on CPUs, "
                 "add --cpu to `accelerate launch`, or set ACCELERATE_USE_CPU=true."
             )
+        if args.with_tracking and not accelerator.log_with:
+            raise ValueError(
+                f"--with_tracking: no tracker of --report_to {args.report_to} is installed; `pip install -e '.[train]'` "
+                "brings trackio and tensorboard."
+            )
         pieces = ContextPieces(accelerator, args.context_parallel_size)
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
