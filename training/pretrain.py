@@ -603,8 +603,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         if args.with_tracking and not accelerator.log_with:
             raise ValueError(
-                f"--with_tracking: no tracker of --report_to {args.report_to} is installed; `pip install -e '.[train]'` "
-                "brings trackio and tensorboard."
+                f"--with_tracking: no tracker of --report_to {args.report_to} is installed; trackio and tensorboard "
+                "come with `pip install -e '.[train]'`."
             )
         pieces = ContextPieces(accelerator, args.context_parallel_size)
         if args.resume_from_checkpoint:
