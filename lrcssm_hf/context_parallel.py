@@ -10,8 +10,8 @@ diagonal. All ranks gather them, and Newton's method gives the next guess from t
 The first rank's state is known, so that after k sweeps those of the first k ranks are exact, and after as many sweeps
 as there are ranks all are; where Newton converges earlier, as it mostly does after two or three, so does the scan.
 
-Going back is linear, and takes one gathering: with l_r the gradient by s_r of what is asked of rank r's own steps, that
-by s_r of everything is l_r + p_r (that by s_{r+1}).
+Going back is linear, and takes one gathering: with g_r the gradient of the whole loss by s_r, and l_r that of rank r's
+own outputs, g_r = l_r + p_r g_{r+1}.
 
 Beside the state, a rank needs from those before it what its convolutions read across the border (`steps_before`), and
 from the one after it a label (`spread_labels`).
@@ -20,14 +20,18 @@ from the one after it a label (`spread_labels`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 
+# What talks to other ranks is left out of compiled graphs.
+@torch.compiler.disable
 def scan_over_ranks(
     scan: Callable,
     group: dist.ProcessGroup,
@@ -44,57 +48,84 @@ def scan_over_ranks(
         initial_state: (B, D), before the first rank's first step, in the dtype of the states.
         tolerance: relative change of a state between pieces below which it has converged.
     """
-    return _ScanOverRanks.apply(
-        scan, group, tolerance, tuple(inputs), len(inputs), initial_state, *inputs.values(), *parameters
-    )
+    return _ScanOverRanks.apply(scan, group, tolerance, tuple(inputs), initial_state, *inputs.values(), *parameters)
 
 
 class _ScanOverRanks(torch.autograd.Function):
+    """Keeps its arguments and the state before the piece for the way back, where the piece is solved once more."""
+
     @staticmethod
-    def forward(ctx, scan, group, tolerance, names, count, initial_state, *tensors):
+    def forward(ctx, scan, group, tolerance, names, initial_state, *tensors):
         rank, size = group.rank(), group.size()
-        # The slopes are gradients, which are to be had where nobody asks for any too.
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = [None if x is None else _leaf(x) for x in tensors]
-            starts = _leaf(initial_state).detach().expand(size, *initial_state.shape)
+        starts = initial_state.detach().expand(size, *initial_state.shape)
         for _ in range(size):
-            with torch.inference_mode(False), torch.enable_grad():
-                start = starts[rank].clone().requires_grad_()
-                states, final_state = scan(dict(zip(names, leaves[:count])), leaves[count:], start)
-                (slope,) = torch.autograd.grad(final_state.sum(), start, retain_graph=True)
-            ends, slopes = _gather(torch.stack([final_state.detach(), slope]), group).unbind(1)
+            piece = _Piece.solve(scan, names, tensors, starts[rank])
+            (slope,) = torch.autograd.grad(piece.final_state, piece.start, torch.ones_like(piece.final_state))
+            states, final_state = piece.states.detach(), piece.final_state.detach()
+            del piece  # A graph as large as the next sweep's.
+            ends, slopes = _gather(torch.stack([final_state, slope]), group).unbind(1)
             matched = _match(starts, ends, slopes)
             scale = torch.maximum(matched.abs(), starts.abs())
             # Every rank compares the same numbers, and so all end together. What is not a number does not match.
             if ((matched - starts).abs() <= tolerance * scale).all():
                 break
             starts = matched
-        ctx.group, ctx.slopes = group, slopes
-        # A piece without steps has no states to go back through.
-        ctx.has_steps = states.shape[1] > 0
-        ctx.start, ctx.leaves, ctx.outputs = start, leaves, (final_state, states)[: 1 + ctx.has_steps]
-        return states.detach(), final_state.detach()
+        ctx.scan, ctx.group, ctx.names = scan, group, names
+        ctx.save_for_backward(slopes, starts[rank].clone(), *tensors)
+        return states, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_states, grad_final_state):
         rank, size = ctx.group.rank(), ctx.group.size()
-        by_states = (grad_states,) if ctx.has_steps else ()
-        asked = (grad_final_state, *by_states)
-        (own,) = torch.autograd.grad(ctx.outputs, ctx.start, asked, retain_graph=True)
+        slopes, start, *tensors = ctx.saved_tensors
+        piece = _Piece.solve(ctx.scan, ctx.names, tensors, start)
+        # A piece without steps has no states to go back through.
+        has_steps = piece.states.shape[1] > 0
+        outputs = (piece.final_state, piece.states)[: 1 + has_steps]
+        by_states = (grad_states,)[:has_steps]
+        (own,) = torch.autograd.grad(outputs, piece.start, (grad_final_state, *by_states), retain_graph=True)
         gathered = _gather(own, ctx.group)
         later = torch.zeros_like(own)
         for other in reversed(range(rank + 1, size)):
-            later = gathered[other] + ctx.slopes[other] * later
-        wanted = [ctx.start, *(leaf for leaf in ctx.leaves if leaf is not None and leaf.requires_grad)]
-        asked = (grad_final_state + later, *by_states)
-        # Kept for a second time, as that of a plain scan is; it goes with `ctx`.
-        by_start, *found = torch.autograd.grad(ctx.outputs, wanted, asked, retain_graph=True, allow_unused=True)
+            later = gathered[other] + slopes[other] * later
+        wanted = [piece.start, *(leaf for leaf in piece.leaves if leaf is not None and leaf.requires_grad)]
+        by_all = (grad_final_state + later, *by_states)
+        by_start, *found = torch.autograd.grad(outputs, wanted, by_all, allow_unused=True)
         found = iter(found)
-        gradients = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in ctx.leaves]
-        return None, None, None, None, None, by_start if rank == 0 else torch.zeros_like(by_start), *gradients
+        gradients = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in piece.leaves]
+        return None, None, None, None, by_start if rank == 0 else torch.zeros_like(by_start), *gradients
 
 
+class _Piece(NamedTuple):
+    """A rank's piece as solved from a state, with a graph of its own."""
+
+    start: Tensor
+    states: Tensor
+    final_state: Tensor
+    leaves: list[Tensor | None]
+
+    @classmethod
+    def solve(cls, scan: Callable, names: tuple[str, ...], tensors: tuple[Tensor | None, ...], start: Tensor) -> _Piece:
+        # The slopes need a graph where the caller has none; nor is it one that gradient checkpointing drops.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            leaves = [None if x is None else _leaf(x) for x in tensors]
+            start = start.clone().requires_grad_()
+            states, final_state = scan(dict(zip(names, leaves)), leaves[len(names) :], start)
+        return cls(start, states, final_state, leaves)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same numbers, for a graph of their own."""
+    leaf = tensor.clone() if tensor.is_inference() else tensor.detach()
+    return leaf.requires_grad_(tensor.requires_grad)
+
+
+@torch.compiler.disable
 def steps_before(last: Tensor, count: Tensor, group: dist.ProcessGroup) -> Tensor:
     """What the last K steps before this rank's piece hold, (B, K, D), zero where there are none; differentiable.
 
@@ -107,14 +138,15 @@ def steps_before(last: Tensor, count: Tensor, group: dist.ProcessGroup) -> Tenso
     places = torch.arange(last.shape[1], device=last.device)
     # Zeros that know the others': the first rank, which reads none, has to go back through the gathering too.
     before = lasts[0].masked_fill(torch.ones_like(lasts[0], dtype=torch.bool), 0)
-    for last, count in zip(lasts[: group.rank()], counts):
-        index = places + count.unsqueeze(1)
+    for rank in range(group.rank()):
+        index = places + counts[rank].unsqueeze(1)
         moved = before.gather(1, index.clamp(max=len(places) - 1).unsqueeze(-1).expand_as(before))
-        before = last + moved.masked_fill((index >= len(places)).unsqueeze(-1), 0)
+        before = lasts[rank] + moved.masked_fill((index >= len(places)).unsqueeze(-1), 0)
     return before
 
 
-def spread_labels(labels: Tensor, group: dist.ProcessGroup, ignore_index: int = -100) -> dict:
+@torch.compiler.disable
+def spread_labels(labels: Tensor, group: dist.ProcessGroup, ignore_index: int = -100) -> dict[str, Tensor]:
     """Arguments of transformers' loss of language models for this rank's labels (B, T): those of each next step, which
     after the last is the next rank's first, and a count by which the mean of the ranks' losses is that of the whole."""
     firsts = F.pad(_gather(labels[:, 0], group), (0, 0, 0, 1), value=ignore_index)
@@ -135,21 +167,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.group.rank()], None
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    """The same numbers, for a graph of their own."""
-    leaf = tensor.clone() if tensor.is_inference() else tensor.detach()
-    return leaf.requires_grad_(tensor.requires_grad and tensor.is_floating_point())
-
-
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Of all ranks, in a new first dimension."""
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
+    dist.all_gather(parts, tensor, group=group)
     return torch.stack(parts)
 
 

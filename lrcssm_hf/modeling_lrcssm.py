@@ -478,9 +478,10 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 mean and standard deviation to use instead of those of `input_values`; needed with a cache, which has
                 read other values.
             context_parallel_group (`torch.distributed.ProcessGroup`): the ranks over which sequences are spread, in
-                their order; what is passed are this rank's steps, one or more, and the result is theirs. A mask is
-                given on all ranks or on none, and documents are told apart by `position_ids`. Gradients are shares: of
-                a loss that is the mean of the ranks', they are the mean of the ranks', as DDP and FSDP make it.
+                their order. What is passed are this rank's steps, one or more, and the result is theirs; documents are
+                told apart by `position_ids`. All ranks have to pass the same arguments and, if any does, all have to
+                go back, also one without a loss of its own (`0 * last_hidden_state.sum()`). A rank's gradients are its
+                part: average them over the ranks, as DDP and FSDP do, for those of the mean of the ranks' losses.
             use_cache (`bool`): whether to return `past_key_values`.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
@@ -565,15 +566,20 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         )
 
     def _check_spread(self, **asked: bool) -> None:
-        """What sequences spread over ranks do not go with, by the name of the argument or field."""
+        """Refuses what sequences spread over ranks do not go with: arguments, by name, and fields."""
         config = self.config
-        asked |= {"bidirectional": config.bidirectional, "patch_length": config.patch_length > 1}
-        asked |= {"scaling": config.scaling is not None}
         for name, is_asked in asked.items():
             if is_asked:
                 raise ValueError(
-                    f"`{name}` does not go with `context_parallel_group`: a rank has a piece of each sequence only. "
-                    "Leave it out; documents are told apart by `position_ids`."
+                    f"`{name}` does not go with `context_parallel_group`; leave it out, and tell documents apart by "
+                    "`position_ids`."
+                )
+        fields = {"bidirectional": config.bidirectional, "patch_length": config.patch_length > 1}
+        for name, is_set in (fields | {"scaling": config.scaling is not None}).items():
+            if is_set:
+                raise ValueError(
+                    f"A model with `{name}` has to see whole sequences; leave out `context_parallel_group`, or make a "
+                    f"model without `{name}`."
                 )
 
     def _one_input(self, **inputs: Tensor | None) -> tuple[str, Tensor]:
@@ -785,7 +791,8 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if context_parallel_group is not None:
-                kwargs |= spread_labels(labels, context_parallel_group)
+                given = {name: value for name, value in kwargs.items() if value is not None}
+                kwargs = spread_labels(labels, context_parallel_group, kwargs.get("ignore_index", -100)) | given
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -875,8 +882,8 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
         """For what would be of this rank's piece only."""
         if arguments.get("context_parallel_group") is not None:
             raise ValueError(
-                f"{what} would be of one rank's piece with `context_parallel_group`: make it from the logits per step "
-                "of LrcSSMForSequenceModeling, or the hidden states of LrcSSMModel, over all ranks."
+                f"{what} would be of one rank's piece with `context_parallel_group`: make it over all ranks, from the "
+                "logits of LrcSSMForSequenceModeling or the hidden states of LrcSSMModel, and go back on all of them."
             )
 
     def _outputs(self, outputs: BaseModelOutputWithPast, loss: Tensor | None, logits: Tensor):

@@ -415,8 +415,7 @@ def prefix_scan(
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
     if group is not None:
-        if reverse or dtype.is_complex:
-            raise ValueError("With a `group`, leave out `reverse`, and pass real numbers.")
+        _check_spread("reverse", reverse, dtype)
 
         def scan(operands: dict[str, Tensor], _, start: Tensor) -> tuple[Tensor, Tensor]:
             states = prefix_scan(**operands, initial_state=start)
@@ -608,8 +607,9 @@ def lrc_scan(
         return_info: also return an `LrcScanInfo`.
         group: the ranks over which a sequence is spread, in its order: what is passed are this rank's steps, of any
             number, and the same parameters and initial state on all ranks. States and gradients are those of the whole
-            sequence. A gradient of the parameters is this rank's share, to be summed over the group; that of the
-            initial state is on the first rank. All ranks have to call this, and go back through it, together.
+            sequence, and the final state is that after this rank's steps. A gradient of the parameters is this rank's
+            share, to be summed over the group; that of the initial state is on the first rank. All ranks have to call
+            this, and go back through it, together.
 
     Returns:
         states (B, T, D) and final_state (B, D), in the widest dtype of inputs, parameters and initial state, at least
@@ -643,8 +643,7 @@ def lrc_scan(
 
     dtype = _working_dtype(forget_input, update_input, elastance_input, initial_state, *parameters)
     if group is not None:
-        if return_info or dtype.is_complex:
-            raise ValueError("With a `group`, leave out `return_info`, and pass real numbers.")
+        _check_spread("return_info", return_info, dtype)
         if initial_state is None:
             initial_state = torch.zeros(batch, size, dtype=dtype, device=forget_input.device)
         inputs = {"forget_input": forget_input, "update_input": update_input, "elastance_input": elastance_input}
@@ -704,6 +703,14 @@ def lrc_scan(
 def _require_shape(name: str, tensor: Tensor, shape) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+
+
+def _check_spread(name: str, is_asked: bool, dtype: torch.dtype) -> None:
+    """Refuses what does not go with a `group`."""
+    if is_asked:
+        raise ValueError(f"`{name}` does not go with a `group`; leave it out.")
+    if dtype.is_complex:
+        raise ValueError(f"A `group` is for real numbers, got {dtype}.")
 
 
 def _working_dtype(*tensors: Tensor | None) -> torch.dtype:

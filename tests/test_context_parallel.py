@@ -45,9 +45,9 @@ def test_scans_refuse_what_does_not_go_with_a_group():
     [
         (LrcSSMModel, {}, {"use_cache": True}, "`use_cache` does not go with"),
         (LrcSSMModel, {}, {"seq_idx": torch.zeros(1, 6, dtype=torch.long)}, "`seq_idx` does not go with"),
-        (LrcSSMModel, {"num_channels": 2, "patch_length": 2}, {}, "`patch_length` does not go with"),
-        (LrcSSMModel, {"num_channels": 2, "scaling": "std"}, {}, "`scaling` does not go with"),
-        (LrcSSMModel, {"num_channels": 2, "bidirectional": True}, {}, "`bidirectional` does not go with"),
+        (LrcSSMModel, {"num_channels": 2, "patch_length": 2}, {}, "A model with `patch_length` has to"),
+        (LrcSSMModel, {"num_channels": 2, "scaling": "std"}, {}, "A model with `scaling` has to"),
+        (LrcSSMModel, {"num_channels": 2, "bidirectional": True}, {}, "A model with `bidirectional` has to"),
         (LrcSSMForSequenceClassification, {}, {}, "The pooled label would be of one rank's piece"),
         (LrcSSMForSequenceModeling, {}, {"labels": torch.zeros(1, 6).long()}, "The loss of `labels` would be"),
         (LrcSSMForSequenceModeling, {"num_channels": 2, "prediction_length": 3}, {}, "A forecast would be"),

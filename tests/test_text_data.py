@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import load_dataset
 
+from context_pieces import ContextPieces
 from evaluate import model_inputs
 from text_data import document_positions
 from text_stream import TextStream
@@ -23,7 +25,7 @@ def test_no_state_leaks_from_one_text_to_the_next():
     assert positions[0].tolist() == [*range(7), *range(13)]
     assert positions[1].tolist() == [*range(13), 0, *range(6)]
     model = make_model()
-    logits = model(**model_inputs(model, ids, end)).logits
+    logits = model(**model_inputs(model, ids, end, ContextPieces(Accelerator(), 1))).logits
     for row, start, stop in ((0, 0, 7), (0, 7, 20), (1, 0, 13), (1, 13, 14), (1, 14, 20)):
         alone = model(input_ids=ids[row : row + 1, start:stop]).logits
         assert torch.allclose(logits[row : row + 1, start:stop], alone, atol=1e-5)

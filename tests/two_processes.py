@@ -4,9 +4,6 @@
 A file of its own, because each process imports the file that its function is in.
 """
 
-import datetime
-import os
-import socket
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lrcssm_hf import LrcSSMForSequenceModeling
+from processes import join
 from tiny_models import make_model, random_ids
 
 
@@ -51,11 +49,7 @@ def run(folder: Path) -> None:
 
 
 def _train(rank: int, folder: Path) -> None:
-    # gloo would otherwise look up the machine's name, which need not resolve.
-    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    # Where one process fails, the other must not wait for it long.
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, world_size=2, rank=rank)
+    join(rank, 2, folder)
     for name, make in MAKERS.items():
         model, batch = make()
         share = {key: value[rank::2] for key, value in batch.items()}

@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+
+def add_context_argument(parser) -> None:
+    """The flag, to a parser or group."""
+    parser.add_argument(
+        "--context_parallel_size",
+        type=int,
+        default=1,
+        help="Processes over which each sequence is spread, which then count as one device (default 1).",
+    )
 
 
 class ContextPieces:
@@ -25,7 +38,7 @@ class ContextPieces:
 
     def __init__(self, accelerator: Accelerator, size: int):
         processes = accelerator.num_processes
-        if processes % size:
+        if size < 1 or processes % size:
             raise ValueError(f"--context_parallel_size {size} does not divide the number of processes, {processes}.")
         self.accelerator, self.size, self.num_readers = accelerator, size, processes // size
         self.group = None
@@ -33,8 +46,18 @@ class ContextPieces:
             shape, names = (self.num_readers, size), ("data", "context")
             self.group = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)["context"].get_group()
 
+    def check(self, model: PreTrainedModel, steps: int) -> None:
+        """Raises a `ValueError` if the model cannot read pieces, or there are too few steps in a sequence."""
+        if self.group is not None and "context_parallel_group" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"--context_parallel_size is for models of type lrcssm, not {model.config.model_type}.")
+        if steps < self.size:
+            raise ValueError(f"--block_size {steps} is too short for {self.size} pieces (--context_parallel_size).")
+
     def prepare(self, loader: DataLoader) -> DataLoader:
-        """The loader as Accelerate prepares it, of the same sequences in all processes of a group."""
+        """The loader as Accelerate prepares it, of the same sequences in all processes of a group.
+
+        A checkpoint does not hold its sampler, whose order follows from the seed and the epoch.
+        """
         accelerator = self.accelerator
         if self.group is None:
             return accelerator.prepare(loader)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lrcssm_hf  # noqa: F401  registers the model
-from context_pieces import ContextPieces
+from context_pieces import ContextPieces, add_context_argument
 from text_data import add_data_arguments, document_positions, load_blocks
 
 
@@ -71,18 +71,20 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a causal language model.")
     add_data_arguments(parser)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=16)
+    add_context_argument(parser)
     args = parser.parse_args()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
         blocks = load_blocks(args, tokenizer)
+        accelerator = Accelerator()
+        pieces = ContextPieces(accelerator, args.context_parallel_size)
+        pieces.check(model, args.block_size)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    accelerator = Accelerator()
     use_compiled_mamba(model, accelerator)
     loader = DataLoader(blocks.validation, batch_size=args.per_device_eval_batch_size)
-    pieces = ContextPieces(accelerator, 1)
-    model, loader = accelerator.prepare(model, loader)
+    model, loader = accelerator.prepare(model), pieces.prepare(loader)
     loss = nats_per_token(model, loader, accelerator, tokenizer.eos_token_id, pieces, progress=True)
     accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * blocks.tokens_per_byte}))
 

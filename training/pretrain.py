@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import inspect
 import itertools
 import json
 import math
@@ -53,7 +52,7 @@ from transformers import (
 
 import lrcssm_hf
 from checkpoints import StopSignals, find_checkpoint, remove_partial, save_checkpoint
-from context_pieces import ContextPieces
+from context_pieces import ContextPieces, add_context_argument
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
@@ -95,9 +94,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
     train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
     train.add_argument("--gradient_checkpointing", action="store_true")
-    train.add_argument(
-        "--context_parallel_size", type=int, default=1, help="Processes over which each sequence is spread (default 1)."
-    )
+    add_context_argument(train)
     train.add_argument("--peak_tflops", type=float, help="Of a device, to report the share of it that is used.")
     train.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
@@ -117,13 +114,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.learning_rate > 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
-    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit", "context_parallel_size"]:
+    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit"]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.block_size < 2:
         parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
-    if args.block_size < args.context_parallel_size:
-        parser.error(f"--block_size {args.block_size} is too short for {args.context_parallel_size} pieces.")
     if args.streaming and (args.num_train_epochs is not None or args.checkpointing_steps == "epoch"):
         parser.error("--streaming: a stream has no epochs; give --max_train_steps and --checkpointing_steps in steps.")
     if args.model_name_or_path and args.config_overrides:
@@ -238,7 +233,7 @@ class Inputs(NamedTuple):
     repository: str | None
 
 
-def prepare(args: argparse.Namespace) -> Inputs:
+def prepare(args: argparse.Namespace, pieces: ContextPieces) -> Inputs:
     """Raises a `ValueError` (or what the libraries raise in its place) for anything that cannot be used."""
     folder = make_folder(args.output_dir)
     if args.model_name_or_path:
@@ -252,8 +247,7 @@ def prepare(args: argparse.Namespace) -> Inputs:
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
-    if args.context_parallel_size > 1 and "context_parallel_group" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"--context_parallel_size is for models of type lrcssm, not {model.config.model_type}.")
+    pieces.check(model, args.block_size)
     blocks = load_blocks(args, tokenizer, args.seed)
     repository = None
     if args.push_to_hub:
@@ -614,7 +608,7 @@ def main(arguments: list[str] | None = None) -> None:
     # One process downloads, the others read its cache. All of them leave together, also when there is nothing to do.
     with accelerator.main_process_first():
         try:
-            inputs = None if error else prepare(args)
+            inputs = None if error else prepare(args, pieces)
         except (ValueError, OSError, StrictDataclassError) as refused:
             error = refused
     error = next((each for each in gather_object([None if error is None else str(error)]) if each), None)
