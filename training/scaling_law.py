@@ -1,8 +1,10 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """How the loss falls with compute: a ladder of sizes and token counts for LrcSSM, Mamba and Llama, and fits to it.
 
-    python training/scaling_law.py                          # the small ladder, hours on 2 CPU cores
-    python training/scaling_law.py --min_operations 1e15 --max_operations 1e18 --dataset_name roneneldan/TinyStories
+    pip install -e '.[train]'
+    python training/scaling_law.py                          # the small ladder, two hours on 2 CPU cores
+    python training/scaling_law.py --min_operations 1e15 --max_operations 1e18 --dataset_name roneneldan/TinyStories \\
+        --block_size 1024 --per_device_train_batch_size 32  # a larger one, for a GPU
 
 Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
 ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
