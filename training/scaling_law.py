@@ -8,9 +8,9 @@
 
 Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
 ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
-them is the budget's loss. Every size of every model finds its learning rate at its smallest budget, where it is doubled
-and halved until that helps no more; with the next budgets it is halved as long as that helps. The largest budgets take
-what was found before. Finished runs are not made again, so that an interrupted ladder goes on where it was.
+them is the budget's loss. The learning rate of every size of every model is doubled and halved until that helps no more,
+with every budget up to a tenth of the largest; larger ones take what was found before. Finished runs are not made again,
+so that an interrupted ladder goes on where it was.
 
 `--output_dir` receives the runs, `scaling_law.json`, its tables and its plot.
 """
@@ -148,8 +148,8 @@ class Ladder:
     def __init__(self, cells: list[Cell], folder: Path, passed: list[str], workers: int):
         self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
         self.threads = None if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // workers)
-        # Beyond it, a search would cost as much as the rest of the ladder.
-        self.searched = max(cell.budget for cell in cells) / 3
+        # Beyond a tenth, searches would cost more than the rest of the ladder; a bit more, for rounding.
+        self.searched = max(cell.budget for cell in cells) / 9
 
     def run(self) -> list[dict]:
         """A record of every cell."""
@@ -177,21 +177,19 @@ class Ladder:
             if cell.budget > self.searched:
                 rate = smaller.result()["rate"] if rate is None else rate
                 tried = {rate: self._train(cell, rate)}
-            elif rate is None:
-                tried = self._search(cell, FIRST_RATE, (0.5, 2))
             else:
-                tried = self._search(cell, rate, (0.5,))
+                tried = self._search(cell, FIRST_RATE if rate is None else rate)
             rate = min(tried, key=lambda rate: tried[rate].nats_per_byte)
             records.append(self._record(cell, rate, tried))
             done()
         return {"rate": rate, "records": records}
 
-    def _search(self, cell: Cell, rate: float, factors: tuple[float, ...]) -> dict[float, PretrainingRun]:
-        """Runs with this learning rate and with those next to the best, until they are no better."""
+    def _search(self, cell: Cell, rate: float) -> dict[float, PretrainingRun]:
+        """Runs with this learning rate, and with half and twice the best until they are no better."""
         tried = {rate: self._train(cell, rate)}
         while True:
             best = min(tried, key=lambda rate: tried[rate].nats_per_byte)
-            missing = [best * factor for factor in factors if best * factor not in tried]
+            missing = [rate for rate in (best / 2, best * 2) if rate not in tried]
             if not missing:
                 return tried
             for rate in missing:
