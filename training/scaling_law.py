@@ -8,9 +8,9 @@
 
 Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
 ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
-them is the budget's loss. The learning rate of every size of every model is doubled and halved until that helps no more,
-with every budget up to a tenth of the largest; larger ones take what was found before. Finished runs are not made again,
-so that an interrupted ladder goes on where it was.
+them is the budget's loss. The learning rate of every size is doubled and halved until that helps no more, with every
+budget up to a tenth of the largest; larger ones take what was found before. Finished runs are not made again, so that
+an interrupted ladder goes on where it was.
 
 `--output_dir` receives the runs, `scaling_law.json`, its tables and its plot.
 """
