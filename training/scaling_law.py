@@ -62,7 +62,7 @@ SIZES = (
 )
 SIZES += ((768, 12), (1024, 16))
 # A budget is spent on the sizes to which it gives so many tokens per parameter.
-TOKENS_PER_PARAMETER = (1, 150)
+TOKENS_PER_PARAMETER = (1, 400)
 DEFAULTS = "--block_size 256 --per_device_train_batch_size 4 --validation_split_percentage 2 --eval_steps 1000000000"
 FIRST_RATE = 8e-3
 RESAMPLES = 500
