@@ -2,14 +2,14 @@
 """How the loss falls with compute: a ladder of sizes and token counts for LrcSSM, Mamba and Llama, and fits to it.
 
     pip install -e '.[train]'
-    python training/scaling_law.py                          # the small ladder, two hours on 2 CPU cores
+    python training/scaling_law.py                          # the small ladder, an hour on 2 CPU cores
     python training/scaling_law.py --min_operations 1e15 --max_operations 1e18 --dataset_name roneneldan/TinyStories \\
         --block_size 1024 --per_device_train_batch_size 32  # a larger one, for a GPU
 
 Between two amounts of compute there is a budget for every half decade. Each budget is spent on several sizes, the small
 ones with many tokens and the large ones with few, by pretrain.py, to which all other flags are passed on; the best of
 them is the budget's loss. The learning rate of every size is doubled and halved until that helps no more, with every
-budget up to a tenth of the largest; larger ones take what was found before. Finished runs are not made again, so that
+budget up to a third of the largest; the largest takes what was found before. Finished runs are not made again, so that
 an interrupted ladder goes on where it was.
 
 `--output_dir` receives the runs, `scaling_law.json`, its tables and its plot.
@@ -148,8 +148,8 @@ class Ladder:
     def __init__(self, cells: list[Cell], folder: Path, passed: list[str], workers: int):
         self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
         self.threads = None if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // workers)
-        # Beyond a tenth, searches would cost more than the rest of the ladder; a bit more, for rounding.
-        self.searched = max(cell.budget for cell in cells) / 9
+        # The largest budget is not searched with: that would cost as much as the rest of the ladder.
+        self.searched = max(cell.budget for cell in cells) / 3
 
     def run(self) -> list[dict]:
         """A record of every cell."""
@@ -379,7 +379,7 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--min_operations", type=float, default=1e10, help="The smallest budget (default 1e10).")
-    parser.add_argument("--max_operations", type=float, default=1e13, help="The largest, about (default 1e13).")
+    parser.add_argument("--max_operations", type=float, default=3e12, help="The largest, about (default 3e12).")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/scaling_law"))
     workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=workers, help="Runs at a time (default one per core or GPU).")
