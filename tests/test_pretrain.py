@@ -228,7 +228,7 @@ def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
         (["--config_overrides", "hidden_size"], "not of the form name=value"),
         (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),
         (["--block_size", "1"], "--block_size must be at least 2"),
-        (["--resume_from_checkpoint", "latest"], "there is no checkpoint"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
         (["--resume_from_checkpoint", "{missing}"], "is not a checkpoint that can be used"),
         (["--model_name_or_path", "{missing}", "--config_overrides", ""], "--model_name_or_path '/"),
         (["--train_file", "{numbers}"], "'n' holds int64, not text"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
 
 import checkpoints
 import pretrain
@@ -121,6 +122,45 @@ def test_a_run_that_is_told_to_stop_saves_its_state(number, data, whole, tmp_pat
     assert_same_weights(tmp_path, whole["text"])
 
 
+def test_a_run_that_is_stopped_where_it_would_be_measured_ends_with_the_same_weights(
+    data, whole, tmp_path, monkeypatch, capsys
+):
+    looks = itertools.count(1)
+
+    class StopAt25(checkpoints.StopSignals):
+        received = property(lambda self: signal.SIGTERM if next(looks) == 25 else None, lambda self, value: None)
+
+    monkeypatch.setattr(pretrain, "StopSignals", StopAt25)
+    status, output = run_here(tmp_path, data, capsys)
+    assert status == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 25" in output
+    monkeypatch.undo()
+    pretrain.main(
+        [*SMALL, *map(str, data["text"]), "--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path)]
+    )
+    assert_same_weights(tmp_path, whole["text"])
+
+
+def test_a_command_that_is_always_the_same_begins_and_goes_on(data, tmp_path, capsys):
+    """With other rates, it is these that count from there on."""
+    arguments = [*SMALL, *map(str, data["text"]), "--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path)]
+    pretrain.main(arguments)
+    assert f"There is no checkpoint in {tmp_path} yet: the run begins." in capsys.readouterr().out
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    pretrain.main([*arguments, "--learning_rate", "1e-3", "--weight_decay", "0.3"])
+    assert f"Going on from {tmp_path / 'checkpoint-56'}" in capsys.readouterr().out
+    after = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(lines[-2])["learning_rate"] for lines in (before, after)]
+    assert json.loads(after[-2])["step"] == STEPS and rates[1] == pytest.approx(rates[0] / 4)
+
+
+def test_a_folder_that_is_not_everyones_is_refused(tmp_path, monkeypatch):
+    checkpoints.require_shared(Accelerator(), tmp_path)
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, (1, False)])
+    with pytest.raises(ValueError, match=r"is not the same folder in the processes \[1\]"):
+        checkpoints.require_shared(Accelerator(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_checkpoints_are_passed_over(data, whole, tmp_path):
     finish(start(tmp_path, *data["text"]))
     model = next((tmp_path / "checkpoint-56").glob("model*"))
@@ -162,17 +202,26 @@ def test_the_last_checkpoints_are_kept_whatever_the_clock_says(data, tmp_path, m
     assert checkpoints.find_checkpoint(Accelerator(), tmp_path, "latest").name == "checkpoint-56"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left"),
+        # What torch's distributed checkpoints raise.
+        (CheckpointException("no space", {}), "CheckpointException"),
+    ],
+    ids=["plain", "distributed"],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(error, message, data, tmp_path, monkeypatch, capsys):
     save = Accelerator.save_state
 
     def save_twice(self, folder):
         save(self, folder)
         if "-21" in folder:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
 
     monkeypatch.setattr(Accelerator, "save_state", save_twice)
     status, output = run_here(tmp_path, data, capsys)
-    assert status == 1 and "checkpoint-21 could not be written" in output and "No space left" in output
+    assert status == 1 and "checkpoint-21 could not be written" in output and message in output
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-14", "checkpoint-7"]
     assert find_damage(tmp_path / "checkpoint-14") is None
 

@@ -14,11 +14,11 @@ import os
 import shutil
 import signal
 import time
+import uuid
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 
 from whole_files import write_whole
 
@@ -55,21 +55,29 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         raise OSError(f"checkpoint-{step} could not be written to {folder}: {error}") from error
 
 
-def find_checkpoint(accelerator: Accelerator, folder: Path, name: str) -> Path:
-    """The checkpoint of that path, or for "latest" the last one in the folder that is intact; says which are not.
+def find_checkpoint(accelerator: Accelerator, folder: Path, name: str) -> Path | None:
+    """The checkpoint of that path, or for "latest" the last one in the folder that is intact, saying which are not.
+
+    None where there is no checkpoint yet, so that a run that is started again and again may always ask for the latest.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are checkpoints, and all are damaged.
     """
     found = [None]
     if accelerator.is_main_process:
-        for path in _checkpoints(folder) if name == "latest" else [Path(name)]:
+        paths = _checkpoints(folder) if name == "latest" else [Path(name)]
+        if not paths:
+            print(f"There is no checkpoint in {folder} yet: the run begins.", flush=True)
+            found = ["none"]
+        for path in paths:
             problem = find_damage(path)
             if problem is None:
                 found = [path]
                 break
             print(f"{path} is not used: {problem}.", flush=True)
     (found,) = broadcast_object_list(found)
+    if found == "none":
+        return None
     if found is None:
         where = f"latest: there is no checkpoint in {folder} that can be used" if name == "latest" else repr(name)
         wrong = "" if name == "latest" else " is not a checkpoint that can be used"
@@ -98,6 +106,23 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def require_shared(accelerator: Accelerator, folder: Path) -> None:
+    """Raises a `ValueError` in all processes, which may be on several machines, unless all of them see the folder."""
+    token = folder / f"partial-{uuid.uuid4().hex}"
+    (token,) = broadcast_object_list([token])
+    if accelerator.is_main_process:
+        token.mkdir()
+    accelerator.wait_for_everyone()
+    missing = [process for process, sees in gather_object([(accelerator.process_index, token.exists())]) if not sees]
+    if accelerator.is_main_process:
+        token.rmdir()
+    if missing:
+        raise ValueError(
+            f"--output_dir {str(folder)!r} is not the same folder in the processes {missing}, whose shares of the "
+            "checkpoints would be lost; name one that all machines share."
+        )
+
+
 class StopSignals:
     """In its context, SIGTERM and Ctrl-C do not interrupt but are remembered as `received`, so that a run can stop
     between two steps. The second of them does interrupt."""
@@ -122,8 +147,10 @@ def _together(accelerator: Accelerator):
     failure = None
     try:
         yield
-    # What torch and safetensors raise when they cannot write.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Whatever it is, the others wait; what torch's distributed checkpoints raise is no `Exception`.
+    except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
     failures = [each for each in gather_object([failure]) if each is not None]
     if failures:
@@ -152,7 +179,8 @@ def _finish(partial: Path, final: Path) -> None:
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # Windows has no way to.
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,7 @@ import os
 import sys
 
 import psutil
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 
@@ -25,8 +25,15 @@ def start_missing_processes() -> None:
     if launch is None:
         return print("accelerate started one CPU process of several; use torchrun for the others.", file=sys.stderr)
     options, _ = launch_command_parser().parse_known_args(words[launch + 1 :])
-    if options.num_processes is None:
-        options.num_processes = load_config_from_file(options.config_file).num_processes
-    if (options.num_machines or 1) == 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        os.execv(sys.executable, [*torchrun, f"--nproc_per_node={options.num_processes}", *sys.argv])
+    file = options.config_file or default_config_file
+    if os.path.isfile(file):
+        configuration = load_config_from_file(file)
+        options.num_processes = options.num_processes or configuration.num_processes
+        options.num_machines = options.num_machines or configuration.num_machines
+    if (options.num_machines or 1) > 1:
+        raise SystemExit(
+            f"error: accelerate starts no CPU processes on {options.num_machines} machines; start each with `torchrun "
+            f"--nnodes {options.num_machines} ...` and ACCELERATE_USE_CPU=true."
+        )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    os.execv(sys.executable, [*torchrun, f"--nproc_per_node={options.num_processes}", *sys.argv])

@@ -53,14 +53,17 @@ def nats_per_token(
     training = model.training
     model.eval()
     losses = []
-    for batch in tqdm(blocks, desc="Evaluating", disable=not (progress and accelerator.is_main_process), leave=False):
-        ids = batch["input_ids"]
-        logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end, pieces)).logits.float()
-        part = pieces.piece(ids.shape[1])
-        following = ids[:, part.start + 1 : part.stop + 1]
-        logits = logits[:, : following.shape[1]].transpose(1, 2)
-        loss = pieces.sum(F.cross_entropy(logits, following, reduction="none").sum(1))
-        losses.append(pieces.gather(loss / (ids.shape[1] - 1)))
+    bar = tqdm(blocks, desc="Evaluating", disable=not (progress and accelerator.is_main_process), leave=False)
+    # A loader draws a seed when it begins; the random numbers of training are not to depend on that.
+    with torch.random.fork_rng(devices=[]):
+        for batch in bar:
+            ids = batch["input_ids"]
+            logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end, pieces)).logits.float()
+            part = pieces.piece(ids.shape[1])
+            following = ids[:, part.start + 1 : part.stop + 1]
+            logits = logits[:, : following.shape[1]].transpose(1, 2)
+            loss = pieces.sum(F.cross_entropy(logits, following, reduction="none").sum(1))
+            losses.append(pieces.gather(loss / (ids.shape[1] - 1)))
     model.train(training)
     # Where processes have to have as many blocks, the last of them are blocks from the front again.
     return torch.cat(losses)[: len(blocks.dataset)].double().mean().item()

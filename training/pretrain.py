@@ -51,7 +51,7 @@ from transformers import (
 )
 
 import lrcssm_hf
-from checkpoints import StopSignals, find_checkpoint, remove_partial, save_checkpoint
+from checkpoints import StopSignals, find_checkpoint, remove_partial, require_shared, save_checkpoint
 from context_pieces import ContextPieces, add_context_argument
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
@@ -89,7 +89,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--max_grad_norm", type=float, default=1.0)
     train.add_argument("--max_train_steps", type=int, help="Optimizer steps (default 450).")
     train.add_argument("--num_train_epochs", type=float, help="Passes over the data, without --max_train_steps.")
-    schedules = [schedule.value for schedule in SchedulerType]
+    # These want arguments of their own, or the loss.
+    others = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
+    schedules = [schedule.value for schedule in SchedulerType if schedule.value not in others]
     train.add_argument("--lr_scheduler_type", default="cosine_with_min_lr", choices=schedules)
     train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
     train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
@@ -315,13 +317,18 @@ class Training:
         self.settings = {
             **{name: getattr(args, name) for name in names},
             "sequences_per_batch": self.sequences_per_batch,
+            "training_blocks": None if args.streaming else len(blocks.train),
         }
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.epoch, self.batches = 0, 0  # How many batches of this epoch, or of the stream, have been read.
         self.skipped_steps, self.loss_spikes, self.usual_loss = 0, 0, (0.0, 0.0)
         accelerator.register_for_checkpointing(self.scheduler, self)
         if checkpoint is not None:
-            accelerator.load_state(str(checkpoint))
+            try:
+                accelerator.load_state(str(checkpoint))
+            except RuntimeError as error:
+                raise ValueError(f"{checkpoint} is of another model, or of another way to share it: {error}") from error
+            self.use_given_rates()
             accelerator.print(f"Going on from {checkpoint}.")
         self.metrics = None
         if accelerator.is_main_process:
@@ -345,17 +352,26 @@ class Training:
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in self.settings.items():
-            if state["settings"][name] != value:
+            if state["settings"].get(name) != value:
                 raise ValueError(
-                    f"The checkpoint is of a run with {name}={state['settings'][name]}, not {value}: its place in the "
-                    "data would be another."
+                    f"The checkpoint is of a run with {name}={state['settings'].get(name)}, not {value}: its place in "
+                    "the data would be another."
                 )
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         if self.stream is not None:
             self.stream.go_to(state["place"])
 
-    def run(self) -> signal.Signals | None:
+    def use_given_rates(self) -> None:
+        """The learning rate and the weight decay of this command, where the checkpoint is of a run with others."""
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        for group, given in zip(self.optimizer.param_groups, (decay, 0.0)):
+            group["lr"] *= rate / group["initial_lr"] if group["initial_lr"] != rate else 1
+            group["initial_lr"], group["weight_decay"] = rate, given
+        self.scheduler.base_lrs = [rate for _ in self.scheduler.base_lrs]
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def run(self, stop: StopSignals) -> signal.Signals | None:
         """The steps that are left, with the curve, the progress bar and the checkpoints. SIGTERM and Ctrl-C end it
         after the step at hand, with a checkpoint; returns which it was.
 
@@ -368,7 +384,7 @@ class Training:
         start = time.perf_counter() - self.seconds
         self.model.train()
         bar = tqdm(total=self.last_step, initial=self.step, desc="Training", disable=not accelerator.is_main_process)
-        with bar, StopSignals() as stop:
+        with bar:
             for loss in self.steps():
                 learning_rate = self.scheduler.get_last_lr()[0]
                 self.scheduler.step()
@@ -561,11 +577,14 @@ def is_multiple(step: int, every: int | str | None, steps_per_epoch: int) -> boo
     return every is not None and step % every == 0
 
 
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def use_all_cores() -> None:
     """`accelerate launch` and `torchrun` allow a CPU process a single thread unless they are told otherwise; share out
     all cores. Without them, OMP_NUM_THREADS is the user's word."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     if torch.get_num_threads() == 1 and threads > 1 and (is_launched or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(threads)
@@ -611,11 +630,18 @@ def main(arguments: list[str] | None = None) -> None:
             inputs = None if error else prepare(args, pieces)
         except (ValueError, OSError, StrictDataclassError) as refused:
             error = refused
+    try:
+        if not any(gather_object([error is not None])):
+            require_shared(accelerator, inputs.folder)
+    except (ValueError, OSError) as refused:
+        error = refused
     error = next((each for each in gather_object([None if error is None else str(error)]) if each), None)
     if error is not None:
         accelerator.print(f"error: {error}")
         accelerator.end_training()
         raise SystemExit(2)
+    # Processes drop out other neurons; their models are the same already.
+    set_seed(args.seed, device_specific=True)
     use_compiled_mamba(inputs.model, accelerator)
     if args.gradient_checkpointing:
         inputs.model.gradient_checkpointing_enable()
@@ -624,13 +650,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         training = Training(args, accelerator, pieces, inputs, checkpoint)
-        stopped = training.run()
-        if stopped is None:
-            nats_per_byte = training.finish()
-            description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
-            save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
+        # One that comes after the last step waits until the model is saved, too.
+        with StopSignals() as stop:
+            stopped = training.run(stop)
+            if stopped is None:
+                nats_per_byte = training.finish()
+                description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
+                save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
     except (ValueError, OSError, SafetensorError) as failed:
-        accelerator.print(f"error: {failed}\nCheckpoints in {inputs.folder} are as they were.")
+        # In every process: it may have happened in one only.
+        who = "" if accelerator.num_processes == 1 else f"process {accelerator.process_index}: "
+        print(f"error: {who}{failed}\nCheckpoints in {inputs.folder} are as they were.", flush=True)
         accelerator.end_training()
         raise SystemExit(1) from None
     if stopped is not None:
