@@ -5,6 +5,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -38,10 +39,13 @@ def trained(monkeypatch):
         family, steps, rate = flags["--model_type"], int(flags["--max_train_steps"]), float(flags["--learning_rate"])
         width, depth = map(int, folder.name.split("-")[1].split("x"))
         runs.append((family, (width, depth), steps, rate))
+        if rate > 30e-3:
+            raise RuntimeError("error: The loss is nan at step 3; lower --learning_rate.")
         config = AutoConfig.for_model(family, vocab_size=257, **parse_overrides(family, flags["--config_overrides"]))
         size, tokens = operations_per_token(config, 256) / 6, steps * 1024
         loss = 0.5 + 30 / size**A + 40 / tokens**B + 0.01 * abs(math.log2(rate / BEST_RATE[family]))
         training = {"steps": steps, "tokens_per_step": 1024, "parameters": 1000, "command": " ".join(arguments)}
+        training["data"] = {"training_tokens": 10**6}
         training |= {"hardware": {"device": "CPU", "threads": 1}, "versions": {"torch": "2"}}
         return PretrainingRun(loss, [], training)
 
@@ -77,7 +81,7 @@ def test_mambas_operations_are_of_its_scan_too():
 def test_budgets_are_spent_on_sizes_with_tokens_enough(cells):
     for cell in cells:
         assert cell.steps * 1024 * cell.operations_per_token == pytest.approx(cell.budget, rel=0.02)
-        assert 1 <= 6 * cell.steps * 1024 / cell.operations_per_token <= 151
+        assert 1 <= 6 * cell.steps * 1024 / cell.operations_per_token <= 401
     assert sorted({f"{cell.budget:.1e}" for cell in cells}) == ["1.0e+10", "1.0e+11", "1.0e+12", "3.2e+10", "3.2e+11"]
     with pytest.raises(
         ValueError, match="--min_operations 1e\\+10 and --max_operations 2e\\+10 must be at least a decade"
@@ -92,17 +96,53 @@ def test_learning_rates_are_searched_for_with_all_but_the_largest_budgets(cells,
         best = BEST_RATE[cell.family]
         tried = {rate for *run, rate in trained if run == [cell.family, cell.size, cell.steps]}
         # The largest size, which has large budgets only, takes the rate of the size before it.
-        assert tried >= {best / 2, best, 2 * best} if cell.budget < 0.11e12 else tried == {best}
+        assert tried >= {best / 2, best, 2 * best} if cell.budget < 0.34e12 else tried == {best}
     assert len(set(trained)) == len(trained)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "passed", "message"),
+    [
+        ((1e10, 2e10), [], "must be at least a decade apart"),
+        ((0, 1e10), [], "--min_operations 0 must be positive"),
+        ((1e11, 1e10), [], "less than --max_operations 1e+10"),
+        ((1e10, 1e12), ["--learning_rate", "1e-3"], "--learning_rate is set for every run"),
+        ((1e10, 1e12), ["--model_type=llama"], "--model_type is set for every run"),
+    ],
+)
+def test_a_ladder_that_cannot_be_is_refused(budgets, passed, message):
+    budgets = argparse.Namespace(min_operations=budgets[0], max_operations=budgets[1])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(budgets, [*scaling_law.DEFAULTS.split(), *passed])
+
+
 def test_a_failed_run_ends_the_ladder(cells, monkeypatch, tmp_path):
+    calls = []
+
     def pretrain(*_):
+        calls.append(1)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(scaling_law, "pretrain", pretrain)
     with pytest.raises(RuntimeError, match="out of memory"):
         Ladder(cells, tmp_path, [], workers=2).run()
+    assert len(calls) <= 4
+
+
+def test_intervals_hold_the_truth_and_outliers_do_little(cells, trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling_law, "RESAMPLES", 60)
+    records = [r for r in Ladder(cells, tmp_path, [], workers=2).run() if r["family"] == "lrcssm"]
+    generator = torch.Generator().manual_seed(0)
+    for record, error in zip(records, torch.randn(len(records), generator=generator).tolist()):
+        record["nats_per_byte"] *= 1 + 0.004 * error
+    found = fit(records)
+    low, high = found["parametric"]["interval"]["exponent"]
+    assert low < A * B / (A + B) < high < 3 * low
+    low, high = found["power_law"]["interval"]["exponent"]
+    assert low < found["power_law"]["exponent"] < high and high - low < 0.3 * low
+    exponent = found["parametric"]["exponent"]
+    records[7]["nats_per_byte"] *= 2
+    assert scaling_law.fit_parametric(records)["exponent"] == pytest.approx(exponent, rel=0.25)
 
 
 def test_fits_find_the_law(cells, trained, monkeypatch, tmp_path):
@@ -112,9 +152,7 @@ def test_fits_find_the_law(cells, trained, monkeypatch, tmp_path):
     for family in scaling_law.FAMILIES:
         runs = [record for record in records if record["family"] == family]
         found = fits[family] = fit(runs)
-        low, high = found["parametric"]["interval"]["exponent"]
         assert found["parametric"]["exponent"] == pytest.approx(A * B / (A + B), abs=0.02)
-        assert low <= found["parametric"]["exponent"] + 1e-3 and high >= found["parametric"]["exponent"] - 1e-3
         assert found["parametric"]["irreducible"] == pytest.approx(0.5, abs=0.05)
         assert found["parametric"]["size_exponent"] == pytest.approx(B / (A + B), abs=0.05)
         best = frontier(runs)
@@ -131,5 +169,6 @@ def test_fits_find_the_law(cells, trained, monkeypatch, tmp_path):
 
 
 def test_the_best_run_of_every_budget_is_the_frontier():
-    records = [{"budget": b, "nats_per_byte": loss} for b, loss in [(2, 1.5), (1, 2.0), (2, 1.2), (1, 2.5)]]
-    assert [record["nats_per_byte"] for record in frontier(records)] == [2.0, 1.2]
+    runs = [(2, 1.5, 1), (1, 2.0, 1), (2, 1.2, 2), (1, 2.5, 2), (2, 1.3, 3)]
+    records = [{"budget": b, "nats_per_byte": loss, "operations_per_token": size} for b, loss, size in runs]
+    assert [(best["nats_per_byte"], best["at_edge"]) for best in frontier(records)] == [(2.0, True), (1.2, False)]

@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import matplotlib
@@ -65,6 +65,15 @@ SIZES += ((768, 12), (1024, 16))
 TOKENS_PER_PARAMETER = (1, 400)
 DEFAULTS = "--block_size 256 --per_device_train_batch_size 4 --validation_split_percentage 2 --eval_steps 1000000000"
 FIRST_RATE = 8e-3
+# What a run of a ladder cannot be told, because the ladder says it.
+SET_HERE = (
+    "model_type",
+    "model_name_or_path",
+    "config_overrides",
+    "max_train_steps",
+    "num_train_epochs",
+    "learning_rate",
+)
 RESAMPLES = 500
 
 
@@ -79,7 +88,8 @@ class Cell(NamedTuple):
 
 
 def overrides(family: str, size: tuple[int, int]) -> str:
-    """The configuration of a size; all families have about as many weights (a Mamba layer has half of them)."""
+    """The configuration of a size. A layer of LrcSSM and Llama has about 12 width² weights; Mamba has twice as many
+    layers, of a bit more than half of them."""
     width, depth = size
     common = f"hidden_size={width},num_hidden_layers={depth * (2 if family == 'mamba' else 1)}"
     heads = max(1, width // 32)
@@ -114,9 +124,17 @@ def plan(args: argparse.Namespace, passed: list[str]) -> list[Cell]:
     """The cells of the ladder, by family, size and budget.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or a passed flag is one that the ladder sets.
     """
     flags = pretraining.parse_args(passed)
+    for name in SET_HERE:
+        if any(word.split("=")[0] == f"--{name}" for word in passed):
+            raise ValueError(f"--{name} is set for every run of the ladder; leave it out.")
+    if not 0 < args.min_operations < args.max_operations:
+        raise ValueError(
+            f"--min_operations {args.min_operations:g} must be positive and less than --max_operations "
+            f"{args.max_operations:g}."
+        )
     tokenizer = load_tokenizer(flags.tokenizer_name)
     tokens_per_step = flags.block_size * flags.per_device_train_batch_size * flags.gradient_accumulation_steps
     halves = round(2 * math.log10(args.max_operations / args.min_operations))
@@ -147,7 +165,8 @@ class Ladder:
 
     def __init__(self, cells: list[Cell], folder: Path, passed: list[str], workers: int):
         self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
-        self.threads = None if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)) // workers)
+        self.threads = None if torch.cuda.is_available() else max(1, pretraining.available_cores() // workers)
+        self.stopped = Event()
         # The largest budget is not searched with: that would cost as much as the rest of the ladder.
         self.searched = max(cell.budget for cell in cells) / 3
 
@@ -164,10 +183,13 @@ class Ladder:
                 rates[family] = workers.submit(self._size, sizes[size, family], rates.get(family), bar.update)
                 futures.append(rates[family])
             try:
-                records = [record for future in futures for record in future.result()["records"]]
+                for future in as_completed(futures):
+                    future.result()
             except BaseException:
+                self.stopped.set()
                 workers.shutdown(cancel_futures=True)
                 raise
+        records = [record for future in futures for record in future.result()["records"]]
         return sorted(records, key=lambda record: (list(FAMILIES).index(record["family"]), record["operations"]))
 
     def _size(self, cells: list[Cell], smaller: Future | None, done: Callable) -> dict:
@@ -179,32 +201,41 @@ class Ladder:
                 tried = {rate: self._train(cell, rate)}
             else:
                 tried = self._search(cell, FIRST_RATE if rate is None else rate)
-            rate = min(tried, key=lambda rate: tried[rate].nats_per_byte)
+            rate = best_rate(tried)
             records.append(self._record(cell, rate, tried))
             done()
         return {"rate": rate, "records": records}
 
-    def _search(self, cell: Cell, rate: float) -> dict[float, PretrainingRun]:
+    def _search(self, cell: Cell, rate: float) -> dict[float, PretrainingRun | None]:
         """Runs with this learning rate, and with half and twice the best until they are no better."""
         tried = {rate: self._train(cell, rate)}
         while True:
-            best = min(tried, key=lambda rate: tried[rate].nats_per_byte)
+            best = best_rate(tried)
             missing = [rate for rate in (best / 2, best * 2) if rate not in tried]
             if not missing:
                 return tried
             for rate in missing:
                 tried[rate] = self._train(cell, rate)
 
-    def _train(self, cell: Cell, rate: float) -> PretrainingRun:
+    def _train(self, cell: Cell, rate: float) -> PretrainingRun | None:
+        """None for a rate that is too high to end well."""
+        if self.stopped.is_set():
+            raise RuntimeError("another run has failed.")
         width, depth = cell.size
         folder = self.folder / "runs" / f"{cell.family}-{width}x{depth}-{cell.steps}-{rate:g}"
         arguments = ["--model_type", cell.family, "--config_overrides", overrides(cell.family, cell.size)]
         arguments += ["--max_train_steps", str(cell.steps), "--learning_rate", f"{rate:g}", *self.passed]
-        return pretrain(folder, arguments, self.threads)
+        try:
+            return pretrain(folder, arguments, self.threads)
+        except RuntimeError as error:
+            if "lower --learning_rate" in str(error):
+                return None
+            raise
 
-    def _record(self, cell: Cell, rate: float, tried: dict[float, PretrainingRun]) -> dict:
+    def _record(self, cell: Cell, rate: float, tried: dict[float, PretrainingRun | None]) -> dict:
         run = tried[rate]
         tokens = run.training["steps"] * run.training["tokens_per_step"]
+        epoch = run.training["data"]["training_tokens"]  # None of a stream.
         return {
             "family": cell.family,
             "hidden_size": cell.size[0],
@@ -216,30 +247,46 @@ class Ladder:
             "tokens": tokens,
             "learning_rate": rate,
             "nats_per_byte": run.nats_per_byte,
-            "nats_per_byte_by_learning_rate": {f"{r:g}": tried[r].nats_per_byte for r in sorted(tried)},
+            "nats_per_byte_by_learning_rate": {
+                f"{other:g}": tried[other] and tried[other].nats_per_byte for other in sorted(tried)
+            },
+            "epochs": tokens / epoch if epoch else None,
             "environment": run.environment(),
             "command": run.training["command"],
         }
+
+
+def best_rate(tried: dict[float, PretrainingRun | None]) -> float:
+    return min(tried, key=lambda rate: math.inf if tried[rate] is None else tried[rate].nats_per_byte)
 
 
 # --- Fits -----------------------------------------------------------------------------------------------------------
 
 
 def frontier(records: list[dict]) -> list[dict]:
-    """The best run of every budget."""
-    best = {}
-    for record in records:
-        budget = record["budget"]
-        if budget not in best or record["nats_per_byte"] < best[budget]["nats_per_byte"]:
-            best[budget] = record
-    return [best[budget] for budget in sorted(best)]
+    """The best run of every budget; `at_edge` where it is of the smallest or the largest size that was tried."""
+    best = []
+    for budget in sorted({record["budget"] for record in records}):
+        runs = sorted((r for r in records if r["budget"] == budget), key=lambda record: record["operations_per_token"])
+        chosen = min(runs, key=lambda record: record["nats_per_byte"])
+        best.append(chosen | {"at_edge": chosen is runs[0] or chosen is runs[-1]})
+    return best
 
 
 def fit_power_law(records: list[dict]) -> dict:
-    """loss = (scale / operations) ^ exponent, through the best run of every budget, by least squares of logarithms."""
-    points = np.log([[point["operations"], point["nats_per_byte"]] for point in frontier(records)])
-    slope, offset = np.polyfit(points[:, 0], points[:, 1], 1)
-    return {"exponent": -slope, "log_scale": offset / -slope}
+    """loss = (scale / operations) ^ exponent, through the best run of every budget, by least squares of logarithms.
+
+    The interval is that of 95% of the fits when the points' distances from the line are drawn anew.
+    """
+    operations, losses = np.log([[point["operations"], point["nats_per_byte"]] for point in frontier(records)]).T
+    slope, offset = np.polyfit(operations, losses, 1)
+    line = slope * operations + offset
+    # As large as the errors are: a line of two parameters lies closer to its points than the truth does.
+    errors = (losses - line) * math.sqrt(len(losses) / (len(losses) - 2))
+    generator = np.random.default_rng(0)
+    slopes = [np.polyfit(operations, line + generator.choice(errors, len(errors)), 1)[0] for _ in range(RESAMPLES)]
+    interval = np.percentile(np.negative(slopes), [2.5, 97.5]).tolist()
+    return {"exponent": -slope, "log_scale": offset / -slope, "interval": {"exponent": interval}}
 
 
 def fit_parametric(records: list[dict], start: dict | None = None) -> dict:
@@ -276,23 +323,23 @@ def fit_parametric(records: list[dict], start: dict | None = None) -> dict:
 
 
 def fit(records: list[dict]) -> dict:
-    """Both laws of one family, each figure with the interval in which 95% of RESAMPLES bootstrap samples of the runs
-    have it; each budget's runs are drawn among themselves."""
+    """Both laws of one family.
+
+    The parametric one has intervals of 95% of its fits when the runs are drawn anew, those of each budget among
+    themselves. Every run has one seed: no interval knows of the noise of seeds.
+    """
+    parametric = fit_parametric(records)
     generator = np.random.default_rng(0)
-    laws = {"power_law": fit_power_law(records), "parametric": fit_parametric(records)}
     budgets = [[r for r in records if r["budget"] == budget] for budget in sorted({r["budget"] for r in records})]
-    samples = {law: [] for law in laws}
+    samples = []
     for _ in range(RESAMPLES):
         drawn = [runs[index] for runs in budgets for index in generator.integers(len(runs), size=len(runs))]
-        samples["power_law"].append(fit_power_law(drawn))
-        samples["parametric"].append(fit_parametric(drawn, laws["parametric"]))
-    for law, found in laws.items():
-        found["interval"] = {
-            name: np.percentile([sample[name] for sample in samples[law]], [2.5, 97.5]).tolist()
-            for name in found
-            if name != "values"
-        }
-    return laws
+        samples.append(fit_parametric(drawn, parametric))
+    parametric["interval"] = {
+        name: np.percentile([sample[name] for sample in samples], [2.5, 97.5]).tolist()
+        for name in ("exponent", "size_exponent", "irreducible")
+    }
+    return {"power_law": fit_power_law(records), "parametric": parametric}
 
 
 # --- Results --------------------------------------------------------------------------------------------------------
@@ -303,9 +350,12 @@ def tables(results: dict) -> str:
     names = list(FAMILIES)
     by_family = {name: [r for r in results["runs"] if r["family"] == name] for name in names}
     budgets = sorted({record["budget"] for record in results["runs"]})
+    epochs = [record["epochs"] for record in results["runs"] if record["epochs"] is not None]
+    passes = f"The training text is read {max(epochs):.1f} times at most. " if epochs else ""
     lines = [
-        "Held-out nats per byte of the best size at every amount of compute, with that size (weights that are "
-        f"multiplied, in thousands, and tokens for each); {results['environment']}.",
+        "Held-out nats per byte of the best size at every amount of compute, with that size (a sixth of the operations "
+        "per token, in thousands, which is about the number of its weights, and the tokens for each). An asterisk marks "
+        f"the smallest or largest size that was tried: a better one may lie beyond. {passes}{results['environment']}.",
         "",
         f"| operations | {' | '.join(FAMILIES[name] for name in names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -317,7 +367,9 @@ def tables(results: dict) -> str:
         for point in points.values():
             bold = "**" if point["nats_per_byte"] == best else ""
             size = point["operations_per_token"] / 6
-            cells.append(f"{bold}{point['nats_per_byte']:.3f}{bold} ({size / 1e3:,.0f}, {point['tokens'] / size:.0f})")
+            edge = "\\*" if point["at_edge"] else ""
+            loss = f"{bold}{point['nats_per_byte']:.3f}{bold}{edge}"
+            cells.append(f"{loss} ({size / 1e3:,.0f}, {point['tokens'] / size:.0f})")
         lines.append(f"| {budget:.1e} | {' | '.join(cells)} |")
     rows = {
         "exponent of the loss": ("power_law", "exponent"),
@@ -327,7 +379,7 @@ def tables(results: dict) -> str:
     }
     lines += [
         "",
-        f"Fits, with 95% intervals of {RESAMPLES} bootstrap samples of the runs:",
+        f"Fits, with 95% intervals of {RESAMPLES} bootstrap samples:",
         "",
         f"| | {' | '.join(FAMILIES[name] for name in names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -365,7 +417,7 @@ def plot(results: dict, path: Path) -> None:
             axes[name].plot(*zip(*curve), "o-", markersize=3, label=f"{budget:.0e}")
         axes[name].set(title=title, xscale="log")
         axes[name].grid(alpha=0.3)
-    axes[list(FAMILIES)[-1]].set_xlabel("weights that are multiplied, and the like")
+    axes[list(FAMILIES)[-1]].set_xlabel("operations per token / 6")
     axes[next(iter(FAMILIES))].legend(title="operations", fontsize="x-small", title_fontsize="x-small")
     axes["all"].set(xscale="log", yscale="log", xlabel="operations of training", ylabel="held-out nats per byte")
     axes["all"].set_title("Best size at every budget, and the power law's exponent")
@@ -380,11 +432,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--min_operations", type=float, default=1e10, help="The smallest budget (default 1e10).")
     parser.add_argument("--max_operations", type=float, default=3e12, help="The largest, about (default 3e12).")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/scaling_law"))
-    workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=workers, help="Runs at a time (default one per core or GPU).")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/scaling_law"), help="Below the repository's root."
+    )
+    workers = 1 if torch.cuda.is_available() else pretraining.available_cores()
+    parser.add_argument(
+        "--workers", type=int, default=workers, help="Runs at a time (default one per core; on a GPU, 1)."
+    )
     args, passed = parser.parse_known_args()
     passed = [*DEFAULTS.split(), *passed]
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}.")
     folder = ROOT / args.output_dir
     try:
         cells = plan(args, passed)
@@ -392,7 +450,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         parser.exit(2, f"error: {error}\n")
     fits = {name: fit([record for record in records if record["family"] == name]) for name in FAMILIES}
-    results = {"environment": records[0]["environment"], "runs": records, "fits": fits}
+    environments = "; ".join(sorted({record["environment"] for record in records}))
+    results = {"environment": environments, "runs": records, "fits": fits}
     with whole_files(folder) as partial:
         (partial / "scaling_law.json").write_text(json.dumps(results, indent=1) + "\n")
         (partial / "scaling_law.md").write_text(tables(results))
