@@ -354,7 +354,7 @@ def tables(results: dict) -> str:
     passes = f"The training text is read {max(epochs):.1f} times at most. " if epochs else ""
     lines = [
         "Held-out nats per byte of the best size at every amount of compute, with that size (a sixth of the operations "
-        "per token, in thousands, which is about the number of its weights, and the tokens for each). An asterisk marks "
+        "per token, in thousands, about the number of its weights, and the tokens for each). An asterisk marks "
         f"the smallest or largest size that was tried: a better one may lie beyond. {passes}{results['environment']}.",
         "",
         f"| operations | {' | '.join(FAMILIES[name] for name in names)} |",
