@@ -42,6 +42,7 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
         ("rival_comparison", None),
         ("state_tracking", None),
         ("context_parallel", None),
+        ("scaling_law", None),
         # The first of several tables.
         ("series_forecasting", "\nMean absolute error"),
         ("series_classification", "\n![Mean ranks]"),

@@ -41,6 +41,7 @@ from whole_files import whole_files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
 
 
 FAMILIES = {"lrcssm": "LrcSSM", "mamba": "Mamba", "llama": "Llama"}
@@ -416,13 +417,18 @@ def plot(results: dict, path: Path) -> None:
             curve = sorted((r["operations_per_token"] / 6, r["nats_per_byte"]) for r in runs if r["budget"] == budget)
             axes[name].plot(*zip(*curve), "o-", markersize=3, label=f"{budget:.0e}")
         axes[name].set(title=title, xscale="log")
+        axes[name].xaxis.set_minor_formatter(NullFormatter())
         axes[name].grid(alpha=0.3)
-    axes[list(FAMILIES)[-1]].set_xlabel("operations per token / 6")
-    axes[next(iter(FAMILIES))].legend(title="operations", fontsize="x-small", title_fontsize="x-small")
+    last = axes[list(FAMILIES)[-1]]
+    last.set_xlabel("operations per token / 6")
+    last.legend(title="operations", fontsize="x-small", title_fontsize="x-small", loc="lower left", ncols=3)
     axes["all"].set(xscale="log", yscale="log", xlabel="operations of training", ylabel="held-out nats per byte")
     axes["all"].set_title("Best size at every budget, and the power law's exponent")
     axes["all"].grid(alpha=0.3, which="both")
     axes["all"].legend()
+    axes["all"].yaxis.set_minor_formatter(NullFormatter())
+    axes["all"].yaxis.set_major_formatter(FormatStrFormatter("%.1f"))
+    axes["all"].yaxis.set_major_locator(MaxNLocator(10))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
