@@ -2,7 +2,7 @@
 """How the loss falls with compute: a ladder of sizes and token counts for LrcSSM, Mamba and Llama, and fits to it.
 
     pip install -e '.[train]'
-    python training/scaling_law.py                          # the small ladder, an hour on 2 CPU cores
+    python training/scaling_law.py                          # the small ladder, 1.5 hours on 2 CPU cores
     python training/scaling_law.py --min_operations 1e15 --max_operations 1e18 --dataset_name roneneldan/TinyStories \\
         --block_size 1024 --per_device_train_batch_size 32  # a larger one, for a GPU
 
