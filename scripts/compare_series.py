@@ -42,6 +42,7 @@ RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import PAPER_SEEDS, classify, mean_and_deviation, parse_args  # noqa: E402
+from markdown_table import markdown_table  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
 
@@ -175,10 +176,6 @@ def mean_ranks(accuracies: np.ndarray) -> np.ndarray:
     return rankdata(-accuracies, axis=1).mean(0)
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
-
-
 def tables(results: dict) -> str:
     """Test accuracy, gains, and what it costs, as Markdown."""
     data_sets, variants = list(results["runs"]), list(next(iter(results["runs"].values())))
@@ -204,17 +201,17 @@ def tables(results: dict) -> str:
         f"standard deviation over {seeds} splits (70% training, 15% validation, 15% test); "
         f"{results['environment']}.\n\n"
     )
-    text += markdown(["", *variants], accuracy)
+    text += markdown_table(["", *variants], accuracy)
     if results["diagram"] is not None:
         text += f"\n![Mean ranks]({results['diagram']})\n"
     else:
         text += f"\nGain over {variants[0]!r} on the same splits, in percentage points:\n\n"
-        text += markdown(["", *variants[1:]], gains(results, data_sets, variants))
+        text += markdown_table(["", *variants[1:]], gains(results, data_sets, variants))
     cost = by_pair(lambda runs: f"{statistics.median(run.get('seconds_per_epoch', np.nan) for run in runs):.2f}")
     sizes = ([variants_[v][0].get("parameters", np.nan) for variants_ in results["runs"].values()] for v in variants)
     cost.append(["thousand parameters (mean)", *(f"{statistics.mean(size) / 1000:.0f}" for size in sizes)])
     cost = [[cell.replace("nan", "") for cell in row] for row in cost]
-    text += "\nSeconds per training epoch (median) and size:\n\n" + markdown(["", *variants], cost)
+    text += "\nSeconds per training epoch (median) and size:\n\n" + markdown_table(["", *variants], cost)
     text += "\nThe data sets:\n\n"
     columns = ["train", "validation", "test", "channels", "steps", "classes"]
     sizes = []
@@ -223,7 +220,7 @@ def tables(results: dict) -> str:
         steps = str(low) if low == high else f"{low} to {high}"
         counts = [str(data[split]) for split in columns[:4]]
         sizes.append([name, *counts, steps, str(len(data["classes"]))])
-    return text + markdown(["", *columns], sizes)
+    return text + markdown_table(["", *columns], sizes)
 
 
 def gains(results: dict, data_sets: list[str], variants: list[str]) -> list[list[str]]:

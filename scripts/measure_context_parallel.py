@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 from lrcssm_hf import LrcSSMConfig, LrcSSMForCausalLM  # noqa: E402
+from markdown_table import markdown_table  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
 
@@ -93,18 +94,16 @@ def _peak_rss() -> int:
 def table(results: dict) -> str:
     """Markdown: the process that needs most, by length and number of processes."""
     found = {(run["length"], run["ranks"]): max(run["bytes"]) / 1e6 for run in results["runs"]}
-    lines = [
-        "Memory in MB of a training step (forward and backward) of one sequence, in the process that needs most; "
-        f"{results['model']}; {results['environment']}.",
-        "",
-        f"| steps | {' | '.join('1 process' if ranks == 1 else f'{ranks} processes' for ranks in RANKS)} |",
-        "|---" * (len(RANKS) + 1) + "|",
-    ]
+    rows = []
     for length in LENGTHS:
         one = found[length, 1]
         cells = [f"{found[length, ranks]:,.0f} ({found[length, ranks] / one:.2f})" for ranks in RANKS]
-        lines.append(f"| {length:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{length:,}", *cells])
+    header = ["steps", *("1 process" if ranks == 1 else f"{ranks} processes" for ranks in RANKS)]
+    return (
+        "Memory in MB of a training step (forward and backward) of one sequence, in the process that needs most; "
+        f"{results['model']}; {results['environment']}.\n\n{markdown_table(header, rows)}"
+    )
 
 
 def main() -> None:

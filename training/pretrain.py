@@ -630,12 +630,12 @@ def main(arguments: list[str] | None = None) -> None:
             inputs = None if error else prepare(args, pieces)
         except (ValueError, OSError, StrictDataclassError) as refused:
             error = refused
-    try:
-        if not any(gather_object([error is not None])):
-            require_shared(accelerator, inputs.folder)
-    except (ValueError, OSError) as refused:
-        error = refused
     error = next((each for each in gather_object([None if error is None else str(error)]) if each), None)
+    if error is None:
+        try:
+            require_shared(accelerator, inputs.folder)
+        except (ValueError, OSError) as refused:
+            error = refused
     if error is not None:
         accelerator.print(f"error: {error}")
         accelerator.end_training()

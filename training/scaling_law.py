@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import pretrain as pretraining
+from markdown_table import markdown_table
 from pretraining_runs import ROOT, PretrainingRun, pretrain
 from text_data import load_tokenizer
 from whole_files import whole_files
@@ -348,51 +349,42 @@ def fit(records: list[dict]) -> dict:
 
 def tables(results: dict) -> str:
     """Markdown: the loss of every budget, and the fits."""
-    names = list(FAMILIES)
-    by_family = {name: [r for r in results["runs"] if r["family"] == name] for name in names}
-    budgets = sorted({record["budget"] for record in results["runs"]})
-    epochs = [record["epochs"] for record in results["runs"] if record["epochs"] is not None]
-    passes = f"The training text is read {max(epochs):.1f} times at most. " if epochs else ""
-    lines = [
-        "Held-out nats per byte of the best size at every amount of compute, with that size (a sixth of the operations "
-        "per token, in thousands, about the number of its weights, and the tokens for each). An asterisk marks "
-        f"the smallest or largest size that was tried: a better one may lie beyond. {passes}{results['environment']}.",
-        "",
-        f"| operations | {' | '.join(FAMILIES[name] for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for budget in budgets:
-        points = {name: next(p for p in frontier(by_family[name]) if p["budget"] == budget) for name in names}
-        best = min(point["nats_per_byte"] for point in points.values())
-        cells = []
-        for point in points.values():
+    frontiers = [frontier([run for run in results["runs"] if run["family"] == name]) for name in FAMILIES]
+    losses = []
+    for points in zip(*frontiers):
+        best = min(point["nats_per_byte"] for point in points)
+        row = [f"{points[0]['budget']:.1e}"]
+        for point in points:
             bold = "**" if point["nats_per_byte"] == best else ""
             size = point["operations_per_token"] / 6
             edge = "\\*" if point["at_edge"] else ""
             loss = f"{bold}{point['nats_per_byte']:.3f}{bold}{edge}"
-            cells.append(f"{loss} ({size / 1e3:,.0f}, {point['tokens'] / size:.0f})")
-        lines.append(f"| {budget:.1e} | {' | '.join(cells)} |")
-    rows = {
+            row.append(f"{loss} ({size / 1e3:,.0f}, {point['tokens'] / size:.0f})")
+        losses.append(row)
+    figures = {
         "exponent of the loss": ("power_law", "exponent"),
         "exponent of the loss above the irreducible": ("parametric", "exponent"),
         "irreducible loss, nats per byte": ("parametric", "irreducible"),
         "exponent of the best size": ("parametric", "size_exponent"),
     }
-    lines += [
-        "",
-        f"Fits, with 95% intervals of {RESAMPLES} bootstrap samples:",
-        "",
-        f"| | {' | '.join(FAMILIES[name] for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for title, (law, key) in rows.items():
-        cells = []
-        for name in names:
+    fits = []
+    for title, (law, key) in figures.items():
+        row = [title]
+        for name in FAMILIES:
             found = results["fits"][name][law]
             low, high = found["interval"][key]
-            cells.append(f"{found[key]:.3f} ({low:.3f} to {high:.3f})")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            row.append(f"{found[key]:.3f} ({low:.3f} to {high:.3f})")
+        fits.append(row)
+    epochs = [record["epochs"] for record in results["runs"] if record["epochs"] is not None]
+    passes = f"The training text is read {max(epochs):.1f} times at most. " if epochs else ""
+    return (
+        "Held-out nats per byte of the best size at every amount of compute, with that size (a sixth of the operations "
+        "per token, in thousands, about the number of its weights, and the tokens for each). An asterisk marks the "
+        f"smallest or largest size that was tried: a better one may lie beyond. {passes}{results['environment']}.\n\n"
+        f"{markdown_table(['operations', *FAMILIES.values()], losses)}\n"
+        f"Fits, with 95% intervals of {RESAMPLES} bootstrap samples:\n\n"
+        f"{markdown_table(['', *FAMILIES.values()], fits)}"
+    )
 
 
 def plot(results: dict, path: Path) -> None:
@@ -403,8 +395,9 @@ def plot(results: dict, path: Path) -> None:
     for name, title in FAMILIES.items():
         runs, color = [r for r in results["runs"] if r["family"] == name], COLORS[name]
         law = results["fits"][name]["power_law"]
-        operations = np.array([point["operations"] for point in frontier(runs)], dtype=float)
-        losses = [point["nats_per_byte"] for point in frontier(runs)]
+        best = frontier(runs)
+        operations = np.array([point["operations"] for point in best], dtype=float)
+        losses = [point["nats_per_byte"] for point in best]
         axes["all"].scatter(
             [r["operations"] for r in runs], [r["nats_per_byte"] for r in runs], s=8, alpha=0.3, color=color
         )
