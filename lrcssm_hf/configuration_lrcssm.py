@@ -5,6 +5,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .host import CACHE_NAMES
 from .recurrence import BACKENDS, SOLVERS
 
 
@@ -112,7 +113,7 @@ class LrcSSMConfig(PreTrainedConfig):
     ```"""
 
     model_type = "lrcssm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     num_channels: int | None = None

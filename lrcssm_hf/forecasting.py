@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .host import CACHE
 from .series import last_observed, observed_values, require_features, require_finite, series_statistics
 from .steps import LrcSSMSteps, take
 
@@ -189,10 +190,11 @@ class ForecastingMixin:
             statistics=statistics,
             logits_to_keep=1,
             use_cache=horizon > ahead,
+            return_dict=True,
         )
         # The past is read once; then every path goes on from a copy of the state.
         rows = torch.arange(batch, device=past_values.device).repeat_interleave(num_samples or 1)
-        forecasts, cache = outputs.logits[rows, -1], outputs.past_key_values
+        forecasts, cache = outputs.logits[rows, -1], getattr(outputs, CACHE)
         if horizon > ahead:
             cache.reorder_cache(rows)
         if statistics is not None:
@@ -216,9 +218,10 @@ class ForecastingMixin:
                     time_features=None if future_features is None else future_features[rows, end - block : end],
                     static_real_features=static_real_features,
                     statistics=statistics,
-                    past_key_values=cache,
+                    cache=cache,
                     logits_to_keep=1,
                     use_cache=True,
+                    return_dict=True,
                 )
                 forecasts = outputs.logits[:, -1]
         forecasts = torch.cat(results, dim=1)[:, :horizon]

@@ -5,8 +5,8 @@ Read from top to bottom: the neurons (`LrcSSMNeurons`), the two blocks around th
 Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel.
 """
 
+import functools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,18 @@ from transformers.utils import can_return_tuple
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import spread_labels, steps_before
 from .forecasting import ForecastingMixin
+from .host import (
+    CACHE,
+    CACHE_NAMES,
+    LOSS_KEYWORDS,
+    keywords,
+    refuses_unknown,
+    register_names,
+    rename_cache,
+    takes_cache,
+)
 from .recurrence import LrcParameters, load_cpu_kernels, lrc_scan, prefix_scan
+from .recurrent_cache import read_state, repeat_rows, require_cache, write_state
 from .saved_states import SavedStatesMixin
 from .series import observed_values, require_features, require_finite, series_statistics
 from .stability import confine
@@ -235,30 +246,6 @@ class LrcSSMConvolution(nn.Module):
         return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
 
 
-class LrcSSMLayerCache(NamedTuple):
-    """One layer's place in a cache."""
-
-    cache: Cache
-    layer_idx: int
-
-    def read(self) -> tuple[Tensor | None, Tensor | None]:
-        """The convolution's past and the recurrent state; None before the first step."""
-        if not self.cache.has_previous_state(self.layer_idx):
-            return None, None
-        layer = self.cache.layers[self.layer_idx]
-        conv_state, recurrent_state = layer.conv_states[0], layer.recurrent_states[0]
-        if torch.is_grad_enabled():
-            # The cache overwrites its tensors in place; what the graph holds on to must not change under it.
-            conv_state, recurrent_state = conv_state.clone(), recurrent_state.clone()
-        return conv_state, recurrent_state
-
-    def write(self, conv_state: Tensor, recurrent_state: Tensor) -> None:
-        """Replaces what the layer holds."""
-        # Given as many steps as it keeps, the cache replaces its own; without a convolution these are none.
-        self.cache.update_conv_state(conv_state, self.layer_idx)
-        self.cache.update_recurrent_state(recurrent_state, self.layer_idx)
-
-
 class LrcSSMMixer(nn.Module):
     """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
 
@@ -271,16 +258,17 @@ class LrcSSMMixer(nn.Module):
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
-    ) -> Tensor:
-        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
-        conv_state, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
         states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps)
-        if past_key_values is not None:
-            past_key_values.write(conv_state, recurrent_state)
-        return self.out_proj(states.to(gate.dtype) * self.act(gate))
+        return self.out_proj(states.to(gate.dtype) * self.act(gate)), conv_state, recurrent_state
 
 
 class LrcSSMMLP(nn.Module):
@@ -298,6 +286,10 @@ class LrcSSMMLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+# Blocks are functions of the states and no more: one that wrote to a cache would do it again when it is recomputed for
+# the gradients.
+
+
 class LrcSSMGatedBlock(GradientCheckpointingLayer):
     """RMSNorm, mixer, residual; RMSNorm, SwiGLU, residual."""
 
@@ -310,13 +302,16 @@ class LrcSSMGatedBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
-    ) -> Tensor:
-        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
-        hidden_states = hidden_states + self.dropout(
-            self.mixer(self.mixer_norm(hidden_states), steps, past_key_values=past_key_values)
-        )
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
+        mixed, *state = self.mixer(self.mixer_norm(hidden_states), steps, conv_state, recurrent_state)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), *state
 
 
 class LrcSSMPaperLinear(nn.Linear):
@@ -346,19 +341,21 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values: LrcSSMLayerCache | None = None
-    ) -> Tensor:
-        """(B, T, H) -> (B, T, H); continues from the cache and updates it."""
-        _, recurrent_state = (None, None) if past_key_values is None else past_key_values.read()
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, 0), (B, D) -> the same, after the steps."""
         inputs = self.norm(hidden_states)
         states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
-        if past_key_values is not None:
-            past_key_values.write(inputs.new_empty(*recurrent_state.shape, 0), recurrent_state)
+        conv_state = inputs.new_empty(*recurrent_state.shape, 0)
         states = states.to(inputs.dtype)
         if not self.equal_widths:
-            return self.norm(self.dropout(self.mlp(states)) + inputs)
+            return self.norm(self.dropout(self.mlp(states)) + inputs), conv_state, recurrent_state
         hidden_states = self.norm(states + inputs)
-        return self.dropout(self.mlp(hidden_states)) + hidden_states
+        return self.dropout(self.mlp(hidden_states)) + hidden_states, conv_state, recurrent_state
 
 
 BLOCKS = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}
@@ -372,7 +369,7 @@ class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = [block.__name__ for block in BLOCKS.values()]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     # A recurrent state cannot be rolled back.
     _is_stateful = True
 
@@ -429,13 +426,15 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         """The block that is the layer `index`; with `config.num_hidden_groups`, consecutive layers are one block."""
         return self.layers[index * len(self.layers) // self.config.num_hidden_layers]
 
+    @takes_cache
+    @refuses_unknown()
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         observed_mask: Tensor | None = None,
@@ -462,7 +461,8 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`), cu_seq_lens_q (`torch.Tensor` of shape
                 `(documents + 1,)`, for a batch of one row): two other ways in which collators tell documents apart, by
                 each step's document and by the steps where the documents begin and, last, where they end.
-            past_key_values (`Cache`): the state to continue from, as returned by an earlier call.
+            cache (`Cache`): the state to continue from, as returned by an earlier call; this call updates it. Its name
+                in transformers before 5.24, `past_key_values`, is taken too.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): in place of ids.
             input_values (`torch.Tensor` of shape `(batch_size, sequence_length, num_channels)`): a continuous series,
                 for a model with `config.num_channels`.
@@ -482,12 +482,12 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 told apart by `position_ids`. All ranks have to pass the same arguments and, if any does, all have to
                 go back, also one without a loss of its own (`0 * last_hidden_state.sum()`). A rank's gradients are its
                 part: average them over the ranks, as DDP and FSDP do, for those of the mean of the ranks' losses.
-            use_cache (`bool`): whether to return `past_key_values`.
+            use_cache (`bool`): whether to return `cache`; by default `config.use_cache`, but not while training.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
         Returns:
             `last_hidden_state` (batch_size, sequence_length, hidden_size), in which a masked step repeats the last
-            real one; `past_key_values` with `use_cache`; `hidden_states` with `output_hidden_states`. With a
+            real one; `cache` with `use_cache`; `hidden_states` with `output_hidden_states`. With a
             `config.patch_length` above 1 they have sequence_length / patch_length tokens, rounded up, the real ones at
             the front, and only the first of the pieces that go through a cache may have an incomplete patch.
 
@@ -498,23 +498,23 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         is_spread = context_parallel_group is not None
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or self.config.bidirectional or is_spread)
-        if use_cache and self.training and self.gradient_checkpointing:
-            use_cache = False
-        if self.config.bidirectional and (use_cache or past_key_values is not None):
+            learns = self.training and torch.is_grad_enabled()
+            use_cache = self.config.use_cache and not (learns or self.config.bidirectional or is_spread)
+        if self.config.bidirectional and (use_cache or cache is not None):
             raise ValueError(
                 "A model with `bidirectional` reads series from both ends and cannot continue from a cache; pass "
                 "`use_cache=False` and the whole series."
             )
         if is_spread:
-            asked = {"use_cache": use_cache, "past_key_values": past_key_values is not None}
+            asked = {"use_cache": use_cache, CACHE: cache is not None}
             asked |= {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
             self._check_spread(**asked)
         name, values = self._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
         batch_size, length = values.shape[:2]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        mask = self._step_mask(attention_mask, batch_size, length, past_key_values)
+        require_cache(cache, self.config, batch_size)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        mask = self._step_mask(attention_mask, batch_size, length, cache)
         of_series = {
             "observed_mask": observed_mask,
             "time_features": time_features,
@@ -538,7 +538,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
 
         steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)._replace(group=context_parallel_group)
         if name == "input_values":
-            continues = past_key_values is not None and past_key_values.has_previous_state()
+            continues = cache is not None and cache.has_previous_state()
             self._check_rows(steps, length, continues)
             values = self._prepare_series(values, mask, observed_mask, time_features, statistics, continues)
             tokens, steps = steps.patch(steps.pack(values), self.config.patch_length)
@@ -554,15 +554,17 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 hidden_states = steps.pack(all_hidden_states[-1])
             layer = self.block(index)
             if backwards is not None and index % 2:
-                hidden_states = steps.reverse(layer(steps.reverse(hidden_states), backwards))
-            else:
-                cache = None if past_key_values is None else LrcSSMLayerCache(past_key_values, index)
-                hidden_states = layer(hidden_states, steps, past_key_values=cache)
+                hidden_states = steps.reverse(layer(steps.reverse(hidden_states), backwards)[0])
+                continue
+            state = (None, None) if cache is None else read_state(cache, index)
+            hidden_states, *state = layer(hidden_states, steps, *state)
+            if cache is not None:
+                write_state(cache, index, *state)
         hidden_states = steps.unpack(self.norm(hidden_states))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _check_spread(self, **asked: bool) -> None:
@@ -605,13 +607,13 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         return name, value
 
     def _step_mask(
-        self, attention_mask: Tensor | None, batch_size: int, length: int, past_key_values: Cache | None
+        self, attention_mask: Tensor | None, batch_size: int, length: int, cache: Cache | None
     ) -> Tensor | None:
         """The mask of this call's steps as bool (B, T)."""
         if attention_mask is None:
             return None
         shape = tuple(attention_mask.shape)
-        continues = past_key_values is not None and past_key_values.has_previous_state()
+        continues = cache is not None and cache.has_previous_state()
         if len(shape) != 2 or shape[0] != batch_size or (shape[1] != length and not (continues and shape[1] > length)):
             raise ValueError(f"`attention_mask` must have shape {(batch_size, length)}, got {shape}.")
         return attention_mask[:, -length:].bool()
@@ -663,7 +665,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths % patch_length).any():
             raise ValueError(
                 f"`input_values` has {lengths.tolist()} unmasked steps, which must be multiples of `patch_length` "
-                f"({patch_length}) when `past_key_values` has read others before."
+                f"({patch_length}) when the cache has read others before."
             )
 
     def _prepare_series(
@@ -691,7 +693,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if config.scaling is not None:
             if statistics is None and continues:
                 raise ValueError(
-                    "`scaling` needs the mean and deviation of the whole series, and `past_key_values` has read other "
+                    "`scaling` needs the mean and deviation of the whole series, and the cache has read other "
                     "values: pass `statistics`, as `series_statistics` returns them."
                 )
             mean, deviation = series_statistics(values, observed) if statistics is None else statistics
@@ -714,10 +716,15 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         return hidden_states + self.static_encoder(features.to(hidden_states.dtype)).unsqueeze(1)
 
 
+# What heads pass on to the trunk.
+TRUNK_KEYWORDS = keywords(LrcSSMModel.forward)
+
+
 class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
     """The model with a language modelling head, and `generate`.
 
-    `generate` takes batches padded on either side, and continues from `past_key_values` given the new tokens only.
+    `generate` takes batches padded on either side, and continues from a `cache` given the new tokens only; one of a
+    single row is given to all of them, and one that is given to several beams or samples is copied for them.
     Greedy decoding, sampling and beams work; what would take back tokens (assisted and contrastive decoding) or page
     them (continuous batching) is refused.
 
@@ -747,13 +754,15 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
+    @refuses_unknown((*TRUNK_KEYWORDS, *LOSS_KEYWORDS))
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         context_parallel_group: "dist.ProcessGroup | None" = None,
@@ -775,15 +784,17 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         Returns:
             `logits` (batch_size, sequence_length, vocab_size), `loss` with `labels`, and what the model returns.
         """
+        of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS & kwargs.keys()}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             context_parallel_group=context_parallel_group,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -791,15 +802,16 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if context_parallel_group is not None:
-                given = {name: value for name, value in kwargs.items() if value is not None}
-                kwargs = spread_labels(labels, context_parallel_group, kwargs.get("ignore_index", -100)) | given
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                given = {name: value for name, value in of_loss.items() if value is not None}
+                of_loss = spread_labels(labels, context_parallel_group, given.get("ignore_index", -100)) | given
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **rename_cache(kwargs, CACHE))
 
     def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
         # The first of transformers' hooks that knows the mode; later ones would send the user to remote code.
@@ -823,16 +835,25 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "`prefill_chunk_size` is not supported: memory is linear in the prompt; to read it in pieces, call the "
-                "model on each with `past_key_values`, and `generate` on the last."
+                f"model on each with `{CACHE}`, and `generate` on the last."
             )
-        model_kwargs = dict(model_kwargs)
-        model_kwargs["recurrent_cache"] = model_kwargs.pop("past_key_values", None)
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE)
+        require_cache(cache, self.config)
+        if cache is not None and cache.has_previous_state():
+            known, rows = cache.layers[0].recurrent_states[0].shape[0], input_ids.shape[0]
+            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if known != rows and (known == 1 or known * repeats == rows):
+                cache = repeat_rows(cache, self.config, rows // known)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != CACHE}
+        return super()._prefill(
+            input_ids, generation_config, {**model_kwargs, "recurrent_cache": cache}, *args, **kwargs
+        )
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         recurrent_cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -856,11 +877,11 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        cache = recurrent_cache if past_key_values is None else past_key_values
+        cache = recurrent_cache if cache is None else cache
         if cache is not None and cache.has_previous_state():
             # Positions counted from the start of the prompt would start a new document.
             model_inputs.pop("position_ids", None)
-        model_inputs["past_key_values"] = cache
+        model_inputs["cache"] = cache
         return model_inputs
 
 
@@ -888,10 +909,7 @@ class LrcSSMScoringModel(LrcSSMPreTrainedModel):
 
     def _outputs(self, outputs: BaseModelOutputWithPast, loss: Tensor | None, logits: Tensor):
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
 
 
@@ -911,13 +929,15 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
             self.attention = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
+    @takes_cache
+    @refuses_unknown(TRUNK_KEYWORDS)
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         observed_mask: Tensor | None = None,
@@ -944,7 +964,7 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             observed_mask=observed_mask,
@@ -953,6 +973,7 @@ class LrcSSMForSequenceClassification(LrcSSMScoringModel):
             static_real_features=static_real_features,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -1030,13 +1051,15 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
         super().__init__(config, num_scores)
         self.post_init()
 
+    @takes_cache
+    @refuses_unknown(TRUNK_KEYWORDS)
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         input_values: Tensor | None = None,
         observed_mask: Tensor | None = None,
@@ -1082,11 +1105,12 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
         if forecasts and input_values is None:
             raise ValueError("`input_values` is missing: forecasts continue the values of a series.")
         _, inputs = self.model._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
-        mask = self.model._step_mask(attention_mask, *inputs.shape[:2], past_key_values)
+        require_cache(cache, self.config, inputs.shape[0])
+        mask = self.model._step_mask(attention_mask, *inputs.shape[:2], cache)
         if forecasts:
             config = self.config
             learns = self.training and future_values is not None and not config.bidirectional
-            learns = learns and statistics is None and past_key_values is None
+            learns = learns and statistics is None and cache is None
             series = self._known_series(input_values, mask, observed_mask, statistics, learns)
             if learns:
                 statistics = series.statistics
@@ -1097,7 +1121,7 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             observed_mask=observed_mask,
@@ -1107,6 +1131,7 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
             statistics=statistics,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -1141,6 +1166,16 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
+register_names(
+    LrcSSMConfig.model_type,
+    {
+        "MODEL_MAPPING_NAMES": "LrcSSMModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "LrcSSMForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "LrcSSMForSequenceClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "LrcSSMForSequenceModeling",
+        "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES": "LrcSSMForSequenceModeling",
+    },
+)
 # Has transformers save this code with every model.
 LrcSSMModel.register_for_auto_class("AutoModel")
 LrcSSMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

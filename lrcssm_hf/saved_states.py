@@ -11,74 +11,92 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
+
+from .host import CACHE, takes_cache
+from .recurrent_cache import require_cache, write_state
 
 
 class SavedStatesMixin:
     """`save_state` and `load_state`, for models whose cache holds a convolution's past and a state per layer."""
 
     @torch.no_grad()
-    def save_state(self, past_key_values: Cache, path: str | os.PathLike) -> None:
+    @takes_cache
+    def save_state(self, cache: Cache, path: str | os.PathLike) -> None:
         """Write a state to a safetensors file, which takes as many bytes whatever the length of what was read.
 
         Args:
-            past_key_values: as returned by a call with `use_cache=True` or by `generate`; of any batch size.
+            cache: as returned by a call with `use_cache=True` or by `generate`; of any batch size.
             path: the file, for instance `state.safetensors`; an older one is replaced.
 
         Raises:
-            ValueError: the cache holds no state, or not one of this model.
+            ValueError: the cache holds no state, or not one of this model, or numbers that are not finite.
         """
-        if not isinstance(past_key_values, Cache) or not past_key_values.has_previous_state():
-            raise ValueError("`past_key_values` holds no state yet; call the model with `use_cache=True` first.")
-        sizes = [layer.recurrent_states[0].shape[-1] for layer in past_key_values.layers]
-        if sizes != [self.config.state_size] * self.config.num_hidden_layers:
-            raise ValueError(
-                f"`past_key_values` has states of {sizes} neurons, this model {self.config.num_hidden_layers} of "
-                f"{self.config.state_size}; pass the cache that this model returned."
-            )
+        require_cache(cache, self.config)
+        if cache is None or not cache.has_previous_state():
+            raise ValueError(f"`{CACHE}` holds no state yet; call the model with `use_cache=True` first.")
         tensors = {}
-        for index, layer in enumerate(past_key_values.layers):
+        for index, layer in enumerate(cache.layers):
             tensors[f"layers.{index}.conv_state"] = layer.conv_states[0].contiguous()
             tensors[f"layers.{index}.recurrent_state"] = layer.recurrent_states[0].contiguous()
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"`{CACHE}` holds NaN or infinite values, from which nothing can be continued.")
+        metadata = {"format": "pt", "model_fingerprint": self._fingerprint(), "state_digest": _digest(tensors)}
         path = Path(path)
         with tempfile.TemporaryDirectory(dir=path.parent) as partial:
             written = Path(partial) / path.name
-            save_file(tensors, written, metadata={"format": "pt", "model_fingerprint": self._fingerprint()})
+            save_file(tensors, written, metadata=metadata)
             os.replace(written, path)
 
     def load_state(self, path: str | os.PathLike) -> DynamicCache:
-        """Read what `save_state` wrote, as `past_key_values` for this model to continue from.
+        """Read what `save_state` wrote, as a cache for this model to continue from.
 
         Raises:
             ValueError: the file is missing or damaged, or was written by a model with other weights.
         """
-        cache = DynamicCache(config=self.config)
+        cache, tensors = DynamicCache(config=self.config), {}
         try:
             with safe_open(path, framework="pt") as file:
-                fingerprint = (file.metadata() or {}).get("model_fingerprint")
-                if fingerprint != self._fingerprint():
+                metadata = file.metadata() or {}
+                if metadata.get("model_fingerprint") != self._fingerprint():
                     raise ValueError(
                         f"The state in {str(path)!r} was written by another model, or by this one with other weights "
                         "or in another dtype, and means nothing to this one; read the text again."
                     )
                 for index in range(self.config.num_hidden_layers):
-                    device = next(self.base_model.block(index).parameters()).device
-                    cache.update_conv_state(file.get_tensor(f"layers.{index}.conv_state").to(device), index)
-                    cache.update_recurrent_state(file.get_tensor(f"layers.{index}.recurrent_state").to(device), index)
+                    for part in ("conv_state", "recurrent_state"):
+                        tensors[f"layers.{index}.{part}"] = file.get_tensor(f"layers.{index}.{part}")
+                if len(file.keys()) != len(tensors) or metadata.get("state_digest") != _digest(tensors):
+                    raise OSError("its tensors are not those that were written")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{str(path)!r} is not a whole file of `save_state`: {error}") from error
+        for name, tensor in tensors.items():
+            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                raise ValueError(f"{str(path)!r}: {name} must be finite numbers, got {tensor.dtype} with others.")
+        for index in range(self.config.num_hidden_layers):
+            device = next(self.base_model.block(index).parameters()).device
+            state = (tensors[f"layers.{index}.{part}"].to(device) for part in ("conv_state", "recurrent_state"))
+            write_state(cache, index, *state)
+        require_cache(cache, self.config)
         return cache
 
     def _fingerprint(self) -> str:
         """A hash of everything that a state depends on: the trunk's weights and what is done with them."""
         fields = ("hidden_act", "norm_eps", "num_hidden_layers", "scaling", "jacobian_bound")
-        digest = hashlib.sha256(repr([getattr(self.config, field) for field in fields]).encode())
-        for name, tensor in self.base_model.state_dict().items():
-            if tensor.is_meta:
-                raise ValueError(f"{name!r} is offloaded; load the model into memory to save and load states.")
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            # A quantised tensor holds plain ones.
-            inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
-            for part in [getattr(tensor, attribute) for attribute in inner] or [tensor]:
-                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        settings = repr([getattr(self.config, field) for field in fields])
+        return _digest(self.base_model.state_dict(), settings)
+
+
+def _digest(tensors: dict[str, Tensor], text: str = "") -> str:
+    """Of the text, and of the tensors' names, types, shapes and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is offloaded; load the model into memory to save and load states.")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # A quantised tensor holds plain ones.
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+        for part in [getattr(tensor, attribute) for attribute in inner] or [tensor]:
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -35,13 +35,12 @@ _MAX_INNER_SIZE = 1 << 16
 class RivalMixer(nn.Module):
     """What the model calls in place of its own mixer, for whole series, one in a row; subclasses have `mix`."""
 
-    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, past_key_values=None) -> Tensor:
-        """(B, T, H) -> (B, T, H); the real steps of every row are at its front, as `LrcSSMMixer` has them."""
-        if past_key_values is not None:
-            raise ValueError("A rival cannot continue from `past_key_values`; pass `use_cache=False` and whole series.")
+    def forward(self, hidden_states: Tensor, steps: LrcSSMSteps, *_) -> tuple[Tensor, None, None]:
+        """(B, T, H) -> (B, T, H), and no state to go on from; the real steps of every row are at its front, as
+        `LrcSSMMixer` has them."""
         if steps.reset is not None:
             raise ValueError("A rival reads one series in a row; leave out `position_ids`, `seq_idx`, `cu_seq_lens_q`.")
-        return self.mix(hidden_states, steps)
+        return self.mix(hidden_states, steps), None, None
 
 
 def elapsed_time(steps: LrcSSMSteps) -> Tensor | None:
