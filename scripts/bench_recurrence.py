@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from lrcssm_hf import LrcParameters, LrcSSMConfig, LrcSSMForCausalLM, lrc_scan, prefix_scan
+from lrcssm_hf.host import CACHE
 
 
 matplotlib.use("Agg")
@@ -385,9 +386,9 @@ def decoding(bench: Bench, model: str, new_tokens: int = 0, contexts: list[int] 
         cache = None
         for start in tqdm(range(0, context, PIECE), desc=f"Reading {context:,} tokens", leave=False):
             piece = ids[:, : context - start]
-            cache = lrcssm(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = lrcssm(piece, cache=cache, use_cache=True, logits_to_keep=1)[CACHE]
         caches[f"after {context:,} tokens"] = cache
-    calls = {name: lambda cache=cache: lrcssm(ids[:, :1], past_key_values=cache) for name, cache in caches.items()}
+    calls = {name: lambda cache=cache: lrcssm(ids[:, :1], cache=cache) for name, cache in caches.items()}
     results = bench.measure(calls)
     for name, cache in caches.items():
         tensors = [state for layer in cache.layers for state in (layer.conv_states[0], layer.recurrent_states[0])]

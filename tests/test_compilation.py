@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lrcssm_hf import LrcSSMForSequenceClassification
+from lrcssm_hf.host import CACHE
 from tiny_models import make_model, pad, random_ids
 
 
@@ -64,7 +65,7 @@ def test_a_compiled_model_continues_from_its_cache(model):
     outputs = compiled(ids[:, :20], use_cache=True)
     pieces = [outputs.logits]
     for step in range(20, 23):
-        outputs = compiled(ids[:, step : step + 1], past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = compiled(ids[:, step : step + 1], cache=outputs[CACHE], use_cache=True)
         pieces.append(outputs.logits)
     assert torch.allclose(torch.cat(pieces, 1), expected, atol=2e-5)
 

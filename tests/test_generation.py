@@ -15,6 +15,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, TextItera
 from transformers.generation.streamers import BaseStreamer
 
 from lrcssm_hf import LrcSSMForSequenceModeling
+from lrcssm_hf.host import CACHE
 from text_data import load_tokenizer
 from tiny_models import make_model, random_ids
 
@@ -174,7 +175,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 cache = model.load_state(sys.argv[2])
 ids = torch.tensor(json.loads(sys.argv[3]))
-print(json.dumps(model.generate(ids, past_key_values=cache, max_new_tokens=8, eos_token_id=None).tolist()))
+print(json.dumps(model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id=None).tolist()))
 """
 
 
@@ -183,7 +184,7 @@ print(json.dumps(model.generate(ids, past_key_values=cache, max_new_tokens=8, eo
 def test_a_document_read_once_is_continued_in_another_process(tmp_path, ids, changes):
     model = make_model(**changes)
     model.save_pretrained(tmp_path / "model")
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     model.save_state(cache, tmp_path / "state.safetensors")
     question = ids.flip(0)[:, :4]
     expected = model.generate(torch.cat([ids, question], 1), **GREEDY)[:, 15:]
@@ -196,10 +197,10 @@ def test_a_document_read_once_is_continued_in_another_process(tmp_path, ids, cha
 @torch.no_grad()
 def test_states_are_exact_small_and_shared_by_the_heads(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     sizes = []
     for length in (1, 11):
-        model.save_state(model(ids[:, :length], use_cache=True).past_key_values, path)
+        model.save_state(model(ids[:, :length], use_cache=True)[CACHE], path)
         sizes.append(path.stat().st_size)
     assert sizes[0] == sizes[1] < 4 * 3 * 3 * 32 * 4 + 2000  # 3 rows, 3 layers, 32 neurons and 3 convolution taps
     assert list(tmp_path.iterdir()) == [path]
@@ -215,7 +216,7 @@ def test_states_are_exact_small_and_shared_by_the_heads(tmp_path, model, ids):
 @torch.no_grad()
 def test_a_state_of_other_weights_is_refused(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
-    model.save_state(model(ids, use_cache=True).past_key_values, path)
+    model.save_state(model(ids, use_cache=True)[CACHE], path)
     tuned, negated, shuffled = make_model(), make_model(), make_model()
     tuned.load_state(path)
     tuned.model.layers[2].mlp.down_proj.weight[0, 0] += 1e-6
@@ -231,7 +232,7 @@ def test_what_is_no_state_is_refused(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
     with pytest.raises(ValueError, match="not a whole file"):
         model.load_state(path)
-    model.save_state(model(ids, use_cache=True).past_key_values, path)
+    model.save_state(model(ids, use_cache=True)[CACHE], path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole file"):
         model.load_state(path)
@@ -244,4 +245,4 @@ def test_what_is_no_state_is_refused(tmp_path, model, ids):
         model.save_state(None, path)
     for other in (make_model(num_hidden_layers=4), make_model(state_size=20)):
         with pytest.raises(ValueError, match="this model 3 of 32"):
-            model.save_state(other(ids, use_cache=True).past_key_values, path)
+            model.save_state(other(ids, use_cache=True)[CACHE], path)

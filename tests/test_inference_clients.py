@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lrcssm_hf import LrcSSMForSequenceClassification
+from lrcssm_hf.host import CACHE
 from text_data import load_tokenizer
 from tiny_models import make_model, pad, random_ids
 
@@ -145,7 +146,7 @@ def test_weights_in_int8(tmp_path, name):
     generated = model.generate(ids, eos_token_id=None, **GREEDY)
     assert generated.shape == (4, 29)
 
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     model.save_state(cache, tmp_path / "state.safetensors")
     loaded = model.load_state(tmp_path / "state.safetensors").layers[0].recurrent_states[0]
     assert torch.equal(loaded, cache.layers[0].recurrent_states[0])
@@ -212,7 +213,7 @@ def generate_with_logits(model, tokenizer, **inputs):
     options = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": unprintable, **GREEDY}
     outputs = model.generate(**inputs, **options)
     logits = torch.stack(outputs.logits, 1)
-    return outputs.sequences[:, -logits.shape[1] :], logits, outputs.past_key_values
+    return outputs.sequences[:, -logits.shape[1] :], logits, outputs[CACHE]
 
 
 def test_chats_padded_on_the_left(tokenizer):
@@ -238,7 +239,7 @@ def test_a_chat_that_goes_on_from_its_cache(tokenizer):
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         expected_answer, expected_logits, _ = generate_with_logits(model, tokenizer, **inputs)
         new = inputs.input_ids[:, read:]
-        answer, logits, cache = generate_with_logits(model, tokenizer, input_ids=new, past_key_values=cache)
+        answer, logits, cache = generate_with_logits(model, tokenizer, input_ids=new, cache=cache)
         assert torch.equal(answer, expected_answer)
         assert torch.allclose(logits, expected_logits, atol=2e-5)
         chat.append({"role": "assistant", "content": tokenizer.decode(answer[0])})

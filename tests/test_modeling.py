@@ -23,6 +23,7 @@ from lrcssm_hf import (
     LrcSSMForSequenceModeling,
     LrcSSMModel,
 )
+from lrcssm_hf.host import CACHE
 from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
 from tiny_models import LENGTHS, make_config, make_model, pad, random_ids
 
@@ -84,10 +85,10 @@ def test_padding_in_the_middle_and_after_a_cached_prompt(model, ids):
     """A ragged second turn: each row continues from its own last real token, wherever the padding was."""
     first, first_mask = pad(ids, "right")
     second, second_mask = pad(ids.flip(1), "left")
-    cache = model(first, attention_mask=first_mask, use_cache=True).past_key_values
+    cache = model(first, attention_mask=first_mask, use_cache=True)[CACHE]
     # The mask of both turns, as `generate` passes it.
     mask = torch.cat([first_mask, second_mask], 1)
-    logits = model(second, attention_mask=mask, past_key_values=cache).logits
+    logits = model(second, attention_mask=mask, cache=cache).logits
     at_once = model(torch.cat([first, second], 1), attention_mask=mask).logits
     for row, length in enumerate(LENGTHS):
         dialogue = torch.cat([ids[row, :length], ids.flip(1)[row, :length]])[None]
@@ -118,8 +119,8 @@ def test_a_prompt_in_pieces_equals_the_prompt_whole(model, ids):
     for cuts in ([1], [2, 3], [3, 7, 8, 20], range(1, 23)):
         cache, pieces = DynamicCache(config=model.config), []
         for first, last in zip([0, *cuts], [*cuts, 23]):
-            outputs = model(ids[:, first:last], past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(ids[:, first:last], cache=cache, use_cache=True)
+            cache = outputs[CACHE]
             pieces.append(outputs.logits)
         assert torch.allclose(torch.cat(pieces, 1), expected, atol=2e-5)
 
@@ -134,7 +135,7 @@ def cache_elements(cache):
 @torch.no_grad()
 def test_the_size_of_the_cache_does_not_depend_on_the_prompt(model, ids):
     config = model.config
-    sizes = {cache_elements(model(ids[:, :length], use_cache=True).past_key_values) for length in (1, 2, 5, 23)}
+    sizes = {cache_elements(model(ids[:, :length], use_cache=True)[CACHE]) for length in (1, 2, 5, 23)}
     window = 0 if config.block_type == "paper" else config.conv_kernel - 1
     assert sizes == {4 * config.num_hidden_layers * config.state_size * (1 + window)}
 
@@ -145,7 +146,7 @@ def test_generation_continues_from_a_returned_cache(model, ids):
     first = model.generate(ids, return_dict_in_generate=True, **options)
     # The last token was generated but not read yet; the next turn's prompt starts with it.
     turn = torch.cat([first.sequences[:, -1:], ids[:, :5]], 1)
-    continued = model.generate(turn, past_key_values=first.past_key_values, **options)
+    continued = model.generate(turn, cache=first[CACHE], **options)
     expected = model.generate(torch.cat([first.sequences, ids[:, :5]], 1), **options)
     assert torch.equal(continued[:, turn.shape[1] :], expected[:, first.sequences.shape[1] + 5 :])
 
@@ -202,7 +203,7 @@ def test_training_through_a_cache(ids):
     model = make_model().train()
     whole = torch.autograd.grad(model(ids).logits[:, 11:].square().sum(), model.model.layers[0].mixer.in_proj.weight)
     outputs = model(ids[:, :11], use_cache=True)
-    second = model(ids[:, 11:], past_key_values=outputs.past_key_values, use_cache=True)
+    second = model(ids[:, 11:], cache=outputs[CACHE], use_cache=True)
     pieces = torch.autograd.grad(second.logits.square().sum(), model.model.layers[0].mixer.in_proj.weight)
     assert torch.allclose(pieces[0], whole[0], rtol=1e-3, atol=1e-4)
 
@@ -231,8 +232,8 @@ def test_documents_do_not_leak_through_the_cache(model, ids):
     for cut in (11, 12, 13, 14, 16):
         for first_mask in (None, mask[:, :cut]):
             first = model(ids[:, :cut], position_ids=positions[:, :cut], attention_mask=first_mask, use_cache=True)
-            cache = first.past_key_values
-            second = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache)
+            cache = first[CACHE]
+            second = model(ids[:, cut:], position_ids=positions[:, cut:], cache=cache)
             assert torch.allclose(second.logits, expected[:, cut:], atol=2e-5)
 
 
@@ -243,13 +244,13 @@ def test_no_time_means_no_change(state_dependence):
     values = torch.randn(2, 20, 3)
     deltas = torch.rand(2, 20) + 0.5
     deltas[:, 7:12] = 0
-    before = model(input_values=values[:, :7], time_deltas=deltas[:, :7], use_cache=True).past_key_values
+    before = model(input_values=values[:, :7], time_deltas=deltas[:, :7], use_cache=True)[CACHE]
     state = before.layers[0].recurrent_states[0].clone()
-    held = model(input_values=values[:, 7:12], time_deltas=deltas[:, 7:12], past_key_values=before, use_cache=True)
-    assert torch.equal(held.past_key_values.layers[0].recurrent_states[0], state)
-    cache = model(input_values=values, time_deltas=deltas, use_cache=True).past_key_values
+    held = model(input_values=values[:, 7:12], time_deltas=deltas[:, 7:12], cache=before, use_cache=True)
+    assert torch.equal(held[CACHE].layers[0].recurrent_states[0], state)
+    cache = model(input_values=values, time_deltas=deltas, use_cache=True)[CACHE]
     kept = [step for step in range(20) if not 7 <= step < 12]
-    expected = model(input_values=values[:, kept], time_deltas=deltas[:, kept], use_cache=True).past_key_values
+    expected = model(input_values=values[:, kept], time_deltas=deltas[:, kept], use_cache=True)[CACHE]
     assert torch.allclose(cache.layers[0].recurrent_states[0], expected.layers[0].recurrent_states[0], atol=1e-6)
 
 
@@ -364,7 +365,7 @@ def test_bfloat16_is_close_and_keeps_its_state_in_float32(model, ids):
     outputs = model.bfloat16()(ids, use_cache=True)
     assert outputs.logits.dtype == torch.bfloat16
     assert (outputs.logits.float().softmax(-1) - expected).abs().max() < 0.1
-    assert outputs.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32
+    assert outputs[CACHE].layers[0].recurrent_states[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert model.float()(ids).logits.isfinite().all()
 

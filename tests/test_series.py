@@ -11,6 +11,7 @@ from lrcssm_hf import (
     LrcSSMModel,
     series_statistics,
 )
+from lrcssm_hf.host import CACHE
 from lrcssm_hf.steps import LrcSSMSteps
 from tiny_models import make_config, make_model
 
@@ -116,11 +117,11 @@ def test_patches_go_through_the_cache():
     series = random_series()
     expected = model(input_values=series).last_hidden_state
     first = model(input_values=series[:, :9], use_cache=True)
-    second = model(input_values=series[:, 9:], past_key_values=first.past_key_values)
+    second = model(input_values=series[:, 9:], cache=first[CACHE])
     pieces = torch.cat([first.last_hidden_state, second.last_hidden_state], 1)
     assert torch.allclose(pieces, expected, atol=1e-5)
     with pytest.raises(ValueError, match="3 unmasked steps.*multiples of `patch_length`"):
-        model(input_values=series[:, :3], past_key_values=first.past_key_values)
+        model(input_values=series[:, :3], cache=first[CACHE])
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def test_every_second_layer_reads_from_the_end():
     assert torch.allclose(first, plain.hidden_states[1], atol=1e-6)
     # Read from its end, step 16 comes first and the time between it and step 15 follows.
     backwards = torch.cat([deltas[:, :1], deltas.flip(1)[:, :-1]], 1)
-    layer = forwards.layers[1](first.flip(1), LrcSSMSteps.of(None, backwards)).flip(1)
+    layer = forwards.layers[1](first.flip(1), LrcSSMSteps.of(None, backwards))[0].flip(1)
     assert torch.allclose(second, forwards.norm(layer), atol=1e-5)
     # The first step knows of the last.
     changed = series.clone()
@@ -174,9 +175,9 @@ def test_layers_share_blocks_but_not_states(tmp_path):
     expected = separate(ids).last_hidden_state
     assert torch.equal(shared(ids).last_hidden_state, expected)
     first = shared(ids[:, :7], use_cache=True)
-    shared.save_state(first.past_key_values, tmp_path / "state.safetensors")
+    shared.save_state(first[CACHE], tmp_path / "state.safetensors")
     cache = shared.load_state(tmp_path / "state.safetensors")
-    assert torch.allclose(shared(ids[:, 7:], past_key_values=cache)[0], expected[:, 7:], atol=1e-5)
+    assert torch.allclose(shared(ids[:, 7:], cache=cache)[0], expected[:, 7:], atol=1e-5)
 
 
 @torch.no_grad()
@@ -469,9 +470,9 @@ def test_other_misuse_is_refused_by_name():
     scaled = series_model(LrcSSMModel, scaling="std")
     with pytest.raises(ValueError, match=r"statistics.*\(3, 1, 3\)"):
         scaled(input_values=series, statistics=(statistics[0][0], statistics[1]))
-    cache = scaled(input_values=series, use_cache=True).past_key_values
+    cache = scaled(input_values=series, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="statistics"):
-        scaled(input_values=series, past_key_values=cache)
+        scaled(input_values=series, cache=cache)
 
 
 @pytest.mark.parametrize(

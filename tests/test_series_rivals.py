@@ -150,8 +150,8 @@ def test_positions_of_attention_are_elapsed_times():
     mixer, inputs = Attention(8, 2, causal=False), torch.randn(1, 6, 8)
     later = LrcSSMSteps(torch.tensor([[9.0, 1, 2, 1, 1, 3]]))
     sooner = LrcSSMSteps(torch.tensor([[1.0, 1, 2, 1, 1, 3]]))
-    assert torch.allclose(mixer(inputs, later), mixer(inputs, sooner), atol=1e-5)
-    assert not torch.allclose(mixer(inputs, sooner), mixer(inputs, REGULAR), atol=1e-3)
+    assert torch.allclose(mixer.mix(inputs, later), mixer.mix(inputs, sooner), atol=1e-5)
+    assert not torch.allclose(mixer.mix(inputs, sooner), mixer.mix(inputs, REGULAR), atol=1e-3)
 
 
 def test_cfc_gives_every_row_its_own_time():
@@ -159,9 +159,9 @@ def test_cfc_gives_every_row_its_own_time():
     pytest.importorskip("ncps")
     mixer, inputs = CfC(4, 3), torch.randn(3, 10, 4)
     time = irregular(3, 10).float()
-    together = mixer(inputs, LrcSSMSteps(time))
+    together = mixer.mix(inputs, LrcSSMSteps(time))
     for row in range(3):
-        alone = mixer(inputs[row : row + 1], LrcSSMSteps(time[row : row + 1]))
+        alone = mixer.mix(inputs[row : row + 1], LrcSSMSteps(time[row : row + 1]))
         assert torch.allclose(together[row : row + 1], alone, atol=1e-6)
 
 

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 import two_processes
 from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling
+from lrcssm_hf.host import CACHE
 from text_data import load_tokenizer
 from tiny_models import make_model, random_ids
 
@@ -130,8 +131,8 @@ def test_documents_that_go_on_after_a_cut():
     model, ids = make_model(), random_ids(1, 20)
     expected = torch.cat([model(ids[:, :11]).logits[:, 5:], model(ids[:, 11:]).logits], 1)
     for marks in ({"seq_idx": torch.tensor([[0] * 6 + [1] * 9])}, {"cu_seq_lens_q": torch.tensor([0, 6, 15])}):
-        cache = model(ids[:, :5], use_cache=True).past_key_values
-        assert torch.allclose(model(ids[:, 5:], past_key_values=cache, **marks).logits, expected, atol=2e-5)
+        cache = model(ids[:, :5], use_cache=True)[CACHE]
+        assert torch.allclose(model(ids[:, 5:], cache=cache, **marks).logits, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_autocast_is_close_and_solves_states_in_float32(dtype, block_type):
     with torch.autocast("cpu", dtype):
         outputs, gradient = step()
     assert outputs.logits.dtype == dtype
-    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in outputs.past_key_values.layers)
+    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in outputs[CACHE].layers)
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.01)
     assert torch.cosine_similarity(gradient, expected_gradient, dim=0) > 0.99
     assert gradient.norm().item() == pytest.approx(expected_gradient.norm().item(), rel=0.05)
