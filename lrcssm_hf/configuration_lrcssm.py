@@ -1,6 +1,8 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """LrcSSM configuration."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -20,6 +22,14 @@ _CHOICES = {
     "solver": SOLVERS,
     "backend": BACKENDS,
 }
+_NUMBERS = (
+    "jacobian_bound",
+    "time_constant_min",
+    "time_constant_max",
+    "hidden_dropout",
+    "norm_eps",
+    "initializer_range",
+)
 # Fields of models that read series, and their values where they play no part.
 _FOR_SERIES = {
     "scaling": None,
@@ -189,6 +199,10 @@ class LrcSSMConfig(PreTrainedConfig):
         for name in ("num_time_features", "num_static_real_features"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -43,7 +43,7 @@ from .recurrent_cache import read_state, repeat_rows, require_cache, write_state
 from .saved_states import SavedStatesMixin
 from .series import observed_values, require_features, require_finite, series_statistics
 from .stability import confine
-from .steps import LrcSSMSteps
+from .steps import LrcSSMSteps, as_mask, documents_of, may_look, require_times
 
 
 class LrcSSMNeurons(nn.Module):
@@ -529,12 +529,13 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             if value is not None and value.shape not in ((batch_size, length), (1, length)):
                 raise ValueError(f"`{argument}` must have shape {(batch_size, length)}, got {tuple(value.shape)}.")
         if cu_seq_lens_q is not None:
-            seq_idx = self._documents(cu_seq_lens_q, batch_size, length)
+            seq_idx = documents_of(cu_seq_lens_q, batch_size, length)
         reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
         seq_idx = None if seq_idx is None else seq_idx.expand(batch_size, -1)
         if time_deltas is not None:
             dtype = torch.promote_types(time_deltas.dtype, torch.float32)
             time_deltas = time_deltas.to(dtype).expand(batch_size, -1)
+            require_times(time_deltas, mask)
 
         steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)._replace(group=context_parallel_group)
         if name == "input_values":
@@ -616,23 +617,12 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         continues = cache is not None and cache.has_previous_state()
         if len(shape) != 2 or shape[0] != batch_size or (shape[1] != length and not (continues and shape[1] > length)):
             raise ValueError(f"`attention_mask` must have shape {(batch_size, length)}, got {shape}.")
-        return attention_mask[:, -length:].bool()
-
-    def _documents(self, cu_seq_lens_q: Tensor, batch_size: int, length: int) -> Tensor:
-        """The document of every step, as `seq_idx` (1, T)."""
-        if cu_seq_lens_q.dim() != 1 or batch_size != 1:
-            raise ValueError(
-                "`cu_seq_lens_q` must have shape (documents + 1,) and go with one row, got shape "
-                f"{tuple(cu_seq_lens_q.shape)} and {batch_size} rows; for more, pass `position_ids` that restart at 0."
-            )
-        steps = torch.arange(length, dtype=cu_seq_lens_q.dtype, device=cu_seq_lens_q.device)
-        return torch.bucketize(steps, cu_seq_lens_q, right=True).unsqueeze(0)
+        return as_mask("attention_mask", attention_mask[:, -length:])
 
     def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, H). Ids are checked on the CPU only: elsewhere that would stall the device's queue."""
+        """(B, T, H)."""
         if name == "input_ids":
-            check = values.device.type == "cpu" and not torch.compiler.is_compiling()
-            if check and not (values.min() >= 0 and values.max() < self.config.vocab_size):
+            if may_look(values) and not (values.min() >= 0 and values.max() < self.config.vocab_size):
                 raise ValueError(
                     f"`input_ids` must be in [0, {self.config.vocab_size}), got {values.min()} to {values.max()}; "
                     "is this the model's tokenizer?"
@@ -661,8 +651,7 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if not continues or patch_length == 1:
             return
         lengths = torch.tensor(length) if steps.lengths is None else steps.lengths
-        # On the CPU only, where it does not stall the device's queue.
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and (lengths % patch_length).any():
+        if may_look(lengths) and (lengths % patch_length).any():
             raise ValueError(
                 f"`input_values` has {lengths.tolist()} unmasked steps, which must be multiples of `patch_length` "
                 f"({patch_length}) when the cache has read others before."
@@ -689,6 +678,12 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 raise ValueError(
                     f"`statistics` must be a mean and a standard deviation of shape {shape} each, got shapes "
                     f"{[tuple(statistic.shape) for statistic in statistics]}."
+                )
+            mean, deviation = statistics
+            if may_look(deviation) and not (mean.isfinite() & deviation.isfinite() & (deviation > 0)).all():
+                raise ValueError(
+                    "`statistics` must be finite, and deviations positive, as `series_statistics` returns them; got "
+                    f"means {mean.flatten().tolist()} and deviations {deviation.flatten().tolist()}."
                 )
         if config.scaling is not None:
             if statistics is None and continues:
@@ -784,6 +779,8 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         Returns:
             `logits` (batch_size, sequence_length, vocab_size), `loss` with `labels`, and what the model returns.
         """
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be at least 0 (all), got {logits_to_keep}.")
         of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS & kwargs.keys()}
         outputs = self.model(
             input_ids=input_ids,
@@ -1100,6 +1097,8 @@ class LrcSSMForSequenceModeling(ForecastingMixin, LrcSSMScoringModel):
             )
         if forecasts or labels is not None:
             self._refuse_spread("A forecast" if forecasts else "The loss of `labels`", kwargs)
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be at least 0 (all), got {logits_to_keep}.")
         if logits_to_keep and not forecasts:
             raise ValueError("`logits_to_keep` is for a model with `prediction_length`; leave it out.")
         if forecasts and input_values is None:

@@ -161,6 +161,58 @@ class LrcSSMSteps(NamedTuple):
         return self._replace(time_step=time_step, reset=None if self.reset is None else self.reverse(is_last))
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether values may be checked: elsewhere than on the CPU that would stall the device's queue, and what is being
+    traced has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def as_mask(name: str, mask: Tensor) -> Tensor:
+    """The mask as bool; raises a `ValueError` if it holds anything but 0 and 1, as one to be added to scores does."""
+    if mask.dtype != torch.bool and may_look(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"`{name}` must hold 1 for what is there and 0 for what is not, got values from {mask.min()} to "
+            f"{mask.max()}."
+        )
+    return mask.bool()
+
+
+def require_times(time_deltas: Tensor, mask: Tensor | None) -> None:
+    """Raises a `ValueError` for a time (B, T) of an unmasked step that is negative or not finite."""
+    if not may_look(time_deltas):
+        return
+    wrong = ~(time_deltas.isfinite() & (time_deltas >= 0))
+    if mask is not None:
+        wrong = wrong & mask
+    if wrong.any():
+        raise ValueError(
+            "`time_deltas` must be the time elapsed at each step, in units of the regular step, finite and not "
+            f"negative; got {time_deltas[wrong][0]}."
+        )
+
+
+def documents_of(cu_seq_lens_q: Tensor, batch_size: int, length: int) -> Tensor:
+    """The document of every step, (1, T), from the steps where documents begin and, last, where they end.
+
+    Raises:
+        ValueError: these are not ascending from 0 to the length of the one row.
+    """
+    if cu_seq_lens_q.dim() != 1 or batch_size != 1:
+        raise ValueError(
+            "`cu_seq_lens_q` must have shape (documents + 1,) and go with one row, got shape "
+            f"{tuple(cu_seq_lens_q.shape)} and {batch_size} rows; for more, pass `position_ids` that restart at 0."
+        )
+    if may_look(cu_seq_lens_q):
+        ends = cu_seq_lens_q.tolist()
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            raise ValueError(
+                f"`cu_seq_lens_q` must ascend from 0 to the {length} steps of the row: where documents begin and, "
+                f"last, where they end; got {ends}."
+            )
+    steps = torch.arange(length, dtype=cu_seq_lens_q.dtype, device=cu_seq_lens_q.device)
+    return torch.bucketize(steps, cu_seq_lens_q, right=True).unsqueeze(0)
+
+
 def take(inputs: Tensor, index: Tensor) -> Tensor:
     """The steps `index` (B, M) of (B, T, ...), as (B, M, ...)."""
     index = index.to(inputs.device).view(*index.shape, *[1] * (inputs.dim() - 2))

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from lrcssm_hf import LrcSSMForSequenceModeling
 from lrcssm_hf.host import CACHE
 from text_data import load_tokenizer
-from tiny_models import make_model, random_ids
+from tiny_models import make_model, make_writer, random_ids
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -25,7 +25,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model()
+    return make_writer()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def best_of_all_continuations(model, prompt, length):
 
 @torch.no_grad()
 def test_beams_as_wide_as_the_vocabulary_find_the_likeliest_continuation():
-    model = make_model(vocab_size=12)
+    model = make_writer(vocab_size=12)
     prompt = torch.tensor([[3, 4, 5, 6]])
     found = model.generate(prompt, max_new_tokens=3, num_beams=12, do_sample=False, eos_token_id=None)
     assert torch.equal(found[0, 4:], best_of_all_continuations(model, prompt, 3))
@@ -112,7 +112,7 @@ def test_streaming(model, ids):
     assert streamer.ended and len(streamer.pieces) == 1 + 8
     assert torch.equal(torch.cat(streamer.pieces), expected[0])
     tokenizer = load_tokenizer(None)
-    reader = make_model(vocab_size=len(tokenizer))
+    reader = make_writer(vocab_size=len(tokenizer))
     prompt = tokenizer("def f(", return_tensors="pt")
     text = TextIteratorStreamer(tokenizer, skip_prompt=True)
     sequence = reader.generate(**prompt, **GREEDY, streamer=text)[0]
@@ -131,7 +131,7 @@ def test_other_caches_give_the_same_tokens(model, ids, implementation):
 def test_compiled_steps_give_the_same_tokens(model, ids):
     """What `cache_implementation="static"` does by itself on a GPU."""
     expected = model.generate(ids, **GREEDY)
-    compiled = make_model()
+    compiled = make_writer()
     compiled.forward = torch.compile(compiled.forward, fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
     options = {"cache_implementation": "static", "compile_config": CompileConfig(backend="aot_eager")}
@@ -179,10 +179,10 @@ print(json.dumps(model.generate(ids, cache=cache, max_new_tokens=8, eos_token_id
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"block_type": "paper"}], ids=["gated", "paper"])
+@pytest.mark.parametrize("changes", [{}, {"block_type": "paper", "tie_word_embeddings": False}], ids=["gated", "paper"])
 @torch.no_grad()
 def test_a_document_read_once_is_continued_in_another_process(tmp_path, ids, changes):
-    model = make_model(**changes)
+    model = make_writer(**changes)
     model.save_pretrained(tmp_path / "model")
     cache = model(ids, use_cache=True)[CACHE]
     model.save_state(cache, tmp_path / "state.safetensors")
@@ -217,12 +217,12 @@ def test_states_are_exact_small_and_shared_by_the_heads(tmp_path, model, ids):
 def test_a_state_of_other_weights_is_refused(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
     model.save_state(model(ids, use_cache=True)[CACHE], path)
-    tuned, negated, shuffled = make_model(), make_model(), make_model()
+    tuned, negated, shuffled = make_writer(), make_writer(), make_writer()
     tuned.load_state(path)
     tuned.model.layers[2].mlp.down_proj.weight[0, 0] += 1e-6
     negated.model.layers[1].mlp.down_proj.weight.neg_()
     shuffled.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
-    for other in (tuned, negated, shuffled, make_model(seed=1), make_model(norm_eps=1e-3), make_model().bfloat16()):
+    for other in (tuned, negated, shuffled, make_writer(seed=1), make_writer(norm_eps=1e-3), make_writer().bfloat16()):
         with pytest.raises(ValueError, match="other weights"):
             other.load_state(path)
 
@@ -244,5 +244,5 @@ def test_what_is_no_state_is_refused(tmp_path, model, ids):
     with pytest.raises(ValueError, match="holds no state yet"):
         model.save_state(None, path)
     for other in (make_model(num_hidden_layers=4), make_model(state_size=20)):
-        with pytest.raises(ValueError, match="this model 3 of 32"):
+        with pytest.raises(ValueError, match=r"of 3 layers .* \('rows', 32, 3\)"):
             model.save_state(other(ids, use_cache=True)[CACHE], path)

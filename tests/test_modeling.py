@@ -25,7 +25,7 @@ from lrcssm_hf import (
 )
 from lrcssm_hf.host import CACHE
 from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
-from tiny_models import LENGTHS, make_config, make_model, pad, random_ids
+from tiny_models import LENGTHS, make_config, make_model, make_writer, pad, random_ids, without_memory
 
 
 VARIANTS = {
@@ -36,13 +36,18 @@ VARIANTS = {
     "gated, input-dependent, symmetric": {"state_dependence": "input", "elastance": "symmetric"},
     "gated, torch, chunked": {"backend": "torch", "solver": "chunked"},
     "paper": {"block_type": "paper", "tie_word_embeddings": False},
-    "paper, different widths": {"block_type": "paper", "state_size": 20},
+    "paper, different widths": {"block_type": "paper", "state_size": 20, "tie_word_embeddings": False},
 }
 
 
 @pytest.fixture(params=VARIANTS, ids=str)
 def model(request):
     return make_model(**VARIANTS[request.param])
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def writer(request):
+    return make_writer(**VARIANTS[request.param])
 
 
 @pytest.fixture
@@ -68,16 +73,27 @@ def test_padding_leaves_no_trace(model, ids, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padded_generation_equals_one_by_one(model, ids, side):
+def test_padded_generation_equals_one_by_one(writer, ids, side):
     padded, mask = pad(ids, side)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    together = model.generate(padded, attention_mask=mask, **options)[:, 23:]
-    uncached = model.generate(padded, attention_mask=mask, use_cache=False, **options)[:, 23:]
+    together = writer.generate(padded, attention_mask=mask, **options)[:, 23:]
+    uncached = writer.generate(padded, attention_mask=mask, use_cache=False, **options)[:, 23:]
     assert torch.equal(together, uncached)
     for row, length in enumerate(LENGTHS):
-        alone = model.generate(ids[row : row + 1, :length], **options)[0, length:]
+        alone = writer.generate(ids[row : row + 1, :length], **options)[0, length:]
         assert torch.equal(together[row], alone)
     assert len({tuple(row.tolist()) for row in together}) > 1, "the model ignores its prompt: this test shows nothing"
+
+
+@torch.no_grad()
+def test_the_texts_of_these_tests_are_others_without_memory(writer, ids):
+    """Of every row, or a `generate` that drops the state would pass them."""
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    text = writer.generate(ids, **options)
+    with without_memory():
+        forgetful = writer.generate(ids, **options)
+    assert (text != forgetful).any(1).all()
+    assert all(len(set(row)) > 1 for row in text[:, 23:].tolist())
 
 
 @torch.no_grad()
@@ -141,33 +157,34 @@ def test_the_size_of_the_cache_does_not_depend_on_the_prompt(model, ids):
 
 
 @torch.no_grad()
-def test_generation_continues_from_a_returned_cache(model, ids):
+def test_generation_continues_from_a_returned_cache(writer, ids):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    first = model.generate(ids, return_dict_in_generate=True, **options)
+    first = writer.generate(ids, return_dict_in_generate=True, **options)
     # The last token was generated but not read yet; the next turn's prompt starts with it.
-    turn = torch.cat([first.sequences[:, -1:], ids[:, :5]], 1)
-    continued = model.generate(turn, cache=first[CACHE], **options)
-    expected = model.generate(torch.cat([first.sequences, ids[:, :5]], 1), **options)
+    turn, dialogue = (torch.cat([read, ids[:, :5]], 1) for read in (first.sequences[:, -1:], first.sequences))
+    # With masks, because the text may hold the token by which `generate` would otherwise tell padding.
+    continued = writer.generate(turn, attention_mask=torch.ones_like(turn), cache=first[CACHE], **options)
+    expected = writer.generate(dialogue, attention_mask=torch.ones_like(dialogue), **options)
     assert torch.equal(continued[:, turn.shape[1] :], expected[:, first.sequences.shape[1] + 5 :])
 
 
 @torch.no_grad()
-def test_beam_search_and_sampling_do_not_depend_on_the_cache(model, ids):
+def test_beam_search_and_sampling_do_not_depend_on_the_cache(writer, ids):
     beams = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": None}
-    cached = model.generate(ids, **beams)
+    cached = writer.generate(ids, **beams)
     assert cached.shape == (8, 31)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **beams))
+    assert torch.equal(cached, writer.generate(ids, use_cache=False, **beams))
     torch.manual_seed(0)
-    sampled = model.generate(ids, max_new_tokens=5, do_sample=True, use_cache=True, eos_token_id=None)
+    sampled = writer.generate(ids, max_new_tokens=5, do_sample=True, use_cache=True, eos_token_id=None)
     torch.manual_seed(0)
     assert torch.equal(
-        sampled, model.generate(ids, max_new_tokens=5, do_sample=True, use_cache=False, eos_token_id=None)
+        sampled, writer.generate(ids, max_new_tokens=5, do_sample=True, use_cache=False, eos_token_id=None)
     )
 
 
 @torch.no_grad()
 def test_generation_from_embeddings(ids):
-    model = make_model()
+    model = make_writer()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, **options), model.generate(ids, **options)[:, 23:])
@@ -175,7 +192,7 @@ def test_generation_from_embeddings(ids):
 
 @torch.no_grad()
 def test_generation_from_a_prompt_of_several_documents(ids):
-    model = make_model()
+    model = make_writer()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     positions = torch.cat([torch.arange(15), torch.arange(8)]).expand(4, -1)
     expected = model.generate(ids[:, 15:], **options)[:, 8:]
