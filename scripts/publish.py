@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import html
+import itertools
 import re
 import shutil
 import sys
@@ -69,14 +70,15 @@ _CODE_BLOCK = re.compile(
 _CODE_SPAN = re.compile(r"(?<!`)(?P<fence>`+)(?!`)((?!\n\s*\n).)+?(?<!`)(?P=fence)(?!`)", re.S)
 _LINK = re.compile(
     r"""
-    \]\(\s*(<[^<>\n]*>|[^\s)]*)                                        # [text](target "title")
-    | ^[ >]*\[[^\]^][^\]]*\]:\s*(<[^<>\n]*>|\S+)                       # [label]: target
-    | <([a-z][a-z0-9+.-]+:[^\s<>]*)>                                    # <target>
-    | \b(?:href|src|srcset|poster)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)    # <img src="target">
+    \]\(\s*(<[^<>\n]*>|[^\s)]*)                    # [text](target "title")
+    | ^[ >]*\[[^\]^][^\]]*\]:\s*(<[^<>\n]*>|\S+)   # [label]: target
+    | <([a-z][a-z0-9+.-]+:[^\s<>]*)>                # <target>
     | \b(file:/\S*)
     """,
     re.X | re.I | re.M,
 )
+_TAG = re.compile(r"""<[a-z]("[^"]*"|'[^']*'|[^<>"'])*>""", re.I)
+_ATTRIBUTE = re.compile(r"""\b(?:href|src|srcset|poster)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", re.I)
 _WEB = re.compile(r"https?://|mailto:|#", re.I)
 _KEPT = {".gitattributes"}  # The Hub's own.
 
@@ -226,7 +228,8 @@ def check_card(path: Path, repo_id: str, config: LrcSSMConfig, names: set[str]) 
     prose = _CODE_SPAN.sub("", re.sub(r"\\[^\w\s]", "\N{REPLACEMENT CHARACTER}", prose))
     if placeholder := _PLACEHOLDER.search(prose):
         raise ValueError(f"README.md: {placeholder[0]!r} is a placeholder; fill it in.")
-    for link in _LINK.finditer(prose):
+    attributes = (attribute for tag in _TAG.finditer(prose) for attribute in _ATTRIBUTE.finditer(tag[0]))
+    for link in itertools.chain(_LINK.finditer(prose), attributes):
         target = html.unescape(link[link.lastindex].strip("<>\"'")).strip()
         name = unquote(re.split("[?#]", target)[0]).removeprefix("./")
         if not _WEB.match(target) and name not in names:

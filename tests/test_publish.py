@@ -268,6 +268,8 @@ def test_a_secret_is_never_sent(folder, hub, capsys):
         "file:///etc/hosts",
         '<img alt="a" src="/etc/hosts">',
         "<IMG SRC=notes.png>",
+        '<img alt=">" src="/etc/hosts">',
+        "<a title=\"a\" href='https://host.org'><img src=/etc/hosts></a>",
         "<a\nhref = '../config.json'>a</a>",
         '<a href="&#47;etc/hosts">a</a>',
         "`code` [a](/etc/hosts) `code`",
@@ -287,7 +289,12 @@ def test_what_is_published_and_what_is_on_the_web_may_be_linked(folder):
     links = ["[a](https://host.org/a_(b))", "[a](#limits)", "[a](./loss.png 'title')", "<img src='loss.png'>", "[1]"]
     links += ["<https://host.org>", "<me@host.org>", "`[a](/etc/hosts)`", "``a ` [a](/etc/hosts)``", "a[i] (b)"]
     links += ["~~~~python\nx[0](y)\n~~~\n<img src=x>\n~~~~", r"\[a\](/etc/hosts)", "[a](config.json#L3)"]
-    links += ["[a](recurrence.py)", "[1]: <training.json> 'title'", "1 < 2 > 1", "```\n[a](/etc/hosts) {{ x }} TODO"]
+    links += [
+        "[a](recurrence.py)",
+        "[1]: <training.json> 'title'",
+        "1 < 2, src=/etc/hosts",
+        "```\n[a](/etc/hosts) {{ x }} TODO",
+    ]
     with (folder / "README.md").open("a") as card:
         card.write("\n\n" + "\n\n".join(links))
     names = {path.name for path in folder.iterdir()}
