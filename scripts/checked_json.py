@@ -28,12 +28,12 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_json(path: Path, kind: type | dict = dict):
+def read_json(path: Path, kind: type | dict = dict) -> dict:
     """What the file holds, which must be of this kind; a `ValueError` names the file and the field that is not."""
     return parse_json(read_text(path), kind, str(path))
 
 
-def parse_json(text: str, kind: type | dict, where: str):
+def parse_json(text: str, kind: type | dict, where: str) -> dict:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -109,23 +109,28 @@ def check_names(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
     files = sorted(folder.iterdir())
+    for path in files:
+        if path.is_symlink():
+            raise ValueError(f"{_shown(path)} is a symbolic link; put a copy of what it leads to in its place.")
     weights, index = {SAFE_WEIGHTS_NAME}, folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
         shards = read_json(index, {"weight_map": {str: str}})["weight_map"].values()
         weights = {index.name, *(name for name in shards if name.endswith(".safetensors"))}
     for path in files:
-        name = path.name if path.name.isprintable() else repr(path.name)
-        if path.is_symlink():
-            raise ValueError(f"{name} is a symbolic link; put a copy of what it leads to in its place.")
         if path.suffix in _PICKLES:
-            raise ValueError(f"{name} is a pickle, which runs anything when loaded; publish safetensors only.")
+            raise ValueError(f"{_shown(path)} is a pickle, which runs anything when loaded; publish safetensors only.")
         if not path.is_file() or path.name not in _KNOWN | weights:
-            raise ValueError(f"{name} is not part of a model folder; move it out of {folder}.")
+            raise ValueError(f"{_shown(path)} is not part of a model folder; move it out of {folder}.")
     return files
 
 
+def _shown(path: Path) -> str:
+    """Its name, on one line."""
+    return path.name if path.name.isprintable() else repr(path.name)
+
+
 def check_secrets(files: list[Path]) -> None:
-    """Every line but the weights'."""
+    """No file but the weights has a line that could be one; what is said of it does not repeat it."""
     for path in files:
         if path.suffix == ".safetensors":
             continue

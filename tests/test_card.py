@@ -282,6 +282,7 @@ def test_every_heads_snippet_runs(head, changes, trained, tmp_path):
         ("config.json", "[]", r"config.json must be an object, got \[\]"),
         ("config.json", '{"model_type": "gpt2"}', "config.json is of a model of type 'gpt2', not 'lrcssm'"),
         ("config.json", '{"model_type": "lrcssm", "hidden_size": null}', "config.json does not load"),
+        ("config.json", '{"model_type": 5}', "config.json does not load"),
         ("training.json", "[]", r"training.json must be an object, got \[\]"),
         ("training.json", b"\xff\xfe", "training.json cannot be read"),
         ("training.json", "[" * 100_000, "training.json is not JSON"),

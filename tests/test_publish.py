@@ -177,6 +177,7 @@ REFUSED = {
     "a picture that is not there": (lambda folder: (folder / "loss.png").unlink(), "links to loss.png"),
     "a link in a model's file's place": (link("LICENSE"), "LICENSE is a symbolic link"),
     "linked weights": (link("model.safetensors"), "model.safetensors is a symbolic link"),
+    "a linked index": (link("model.safetensors.index.json"), "index.json is a symbolic link"),
     "a pipe": (lambda folder: os.mkfifo(folder / "LICENSE"), "LICENSE is not part of a model"),
     "a name of two lines": (lambda folder: (folder / "a\nb").write_text(""), r"'a\\nb' is not part of a model"),
     "a name that is no text": (
