@@ -11,7 +11,7 @@ already is replaced.
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import matplotlib
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME
 
+from checked_json import NUMBER, check_kind, parse_json, read_json, read_text
 from lrcssm_hf import LrcSSMConfig
 
 
@@ -74,8 +76,33 @@ HEADS = {
         "It knows the kind of input that it was trained on, and no other.",
     ),
 }
-TRAINING_FIELDS = ("command", "data", "parameters", "steps", "tokens_per_step", "seconds", "hardware", "versions")
+TRAINING = {
+    "command": str,
+    "data": {
+        "source": str,
+        "dataset": str | None,
+        "language": str | None,
+        "training_tokens": int | None,  # Of a stream nobody knows.
+        "held_out_tokens": int,
+        "block_size": int,
+    },
+    "parameters": int,
+    "steps": int,
+    "tokens_per_step": int,
+    "seconds": NUMBER,
+    "hardware": {"device": str, "processes": int, "threads": int},
+    "versions": {str: str},
+}
+COMPARISON = {
+    "title": str,
+    "environment": str,
+    "steps": int,
+    "tokens_per_step": int,
+    "models": {str: {"parameters": int, "nats_per_byte": [NUMBER], "command": str}},
+}
+CURVES = {str: [[NUMBER]]}
 MEASURES = {"loss": "nats per token", "nats_per_byte": "nats per byte"}
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~#${]|(?<![^\W_])_|_(?![^\W_])")  # An underscore within a word is none.
 
 
 def find_head(config: LrcSSMConfig) -> Head:
@@ -88,6 +115,17 @@ def find_head(config: LrcSSMConfig) -> Head:
 def pipeline_tag(config: LrcSSMConfig) -> str:
     """The Hub's word for what the model does."""
     return find_head(config).tasks[config.num_channels is not None]
+
+
+def in_text(value: str) -> str:
+    """The value for the middle of a line, or a table's cell, where nothing in it is markup."""
+    return " ".join(_MARKUP.sub(lambda found: f"&#{ord(found[0])};", value).split())
+
+
+def in_code(language: str, code: str) -> str:
+    """A block of code, in a fence that nothing in it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def loading(head: Head, repo_id: str, config: LrcSSMConfig, remote_code: bool) -> str:
@@ -114,46 +152,71 @@ def loading(head: Head, repo_id: str, config: LrcSSMConfig, remote_code: bool) -
     return "\n".join(lines)
 
 
-def read_json(path: Path, *fields: str) -> dict:
-    """What the file holds, which must have these fields."""
+def read_config(folder: Path) -> LrcSSMConfig:
+    """The configuration of the model in the folder.
+
+    Raises:
+        ValueError: it does not load, or is of another kind of model.
+    """
+    path = folder / CONFIG_NAME
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; training/pretrain.py writes it.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if missing := [field for field in fields if field not in content]:
-        raise ValueError(f"{path} does not say {', '.join(missing)}.")
-    return content
+        read_json(path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # Strict dataclasses have their own, and others come from what is not checked.
+        raise ValueError(f"{path} does not load: {error}") from error
+    if not isinstance(config, LrcSSMConfig):
+        raise ValueError(f"{path} is of a model of type {config.model_type!r}, not 'lrcssm'.")
+    return config
+
+
+def read_training(path: Path) -> dict:
+    """What training.json says."""
+    training = read_json(path, TRAINING)
+    dataset = training["data"]["dataset"]
+    if dataset is not None:
+        try:
+            validate_repo_id(dataset)
+        except ValueError as error:
+            raise ValueError(f"{path}: data: dataset must be a name on the Hub, or null; got {dataset!r}.") from error
+    return training
 
 
 def read_results(path: Path, data: dict, task: str) -> list[EvalResult]:
     """What the last line of metrics.jsonl says was measured on the held-out data."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; training/pretrain.py writes it.")
-    lines = path.read_text().splitlines()
-    last = json.loads(lines[-1]) if lines else {}
+    where, last = str(path), {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        where = f"{path}, line {number}"
+        last = parse_json(line, dict, where)
     prefix = "validation_"
-    measured = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
-    if "nats_per_byte" not in measured:
-        raise ValueError(f"{path} does not end with `validation_nats_per_byte`: the training was not finished.")
+    measured = {field: value for field, value in last.items() if field.startswith(prefix)}
+    if f"{prefix}nats_per_byte" not in measured:
+        raise ValueError(f"{path} does not end with `{prefix}nats_per_byte`: the training was not finished.")
+    check_kind(measured, {str: NUMBER}, where)
+    names = {field: field.removeprefix(prefix) for field in measured}
     return [
         EvalResult(
             task_type=task,
             dataset_type=data["dataset"] or "custom",
             dataset_name=data["source"],
             dataset_split="validation",
-            metric_type=name,
-            metric_name=f"held-out {MEASURES.get(name, name)}",
+            metric_type=names[field],
+            metric_name=f"held-out {MEASURES.get(names[field], names[field])}",
             metric_value=value,
         )
-        for name, value in measured.items()
+        for field, value in measured.items()
     ]
 
 
 def read_comparison(folder: Path) -> dict | None:
     path = folder / "comparison.json"
-    return read_json(path, "title", "environment", "steps", "tokens_per_step", "models") if path.exists() else None
+    if not path.exists():
+        return None
+    comparison = read_json(path, COMPARISON)
+    if curves := comparison.get("curves"):
+        check_kind(curves, CURVES, f"{path}: curves")
+        if any(len(point) != 2 for points in curves.values() for point in points):
+            raise ValueError(f"{path}: curves: a point is a step and the nats per byte, two numbers.")
+    return comparison
 
 
 def comparison_rows(models: dict[str, dict]) -> list[dict]:
@@ -174,11 +237,13 @@ def comparison_rows(models: dict[str, dict]) -> list[dict]:
 def draw_curves(curves: dict[str, list], path: Path) -> None:
     """A line per model of `curves`, which has (step, held-out nats per byte) points by model."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name, points in curves.items():
-        axes.plot(*zip(*points), "o-", label=name, markersize=4)
+    for points in curves.values():
+        axes.plot(*zip(*points), "o-", markersize=4)
     axes.set(xlabel="training steps", ylabel="held-out nats per byte")
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Names are shown as they are, also with a dollar, or an underscore in front.
+    with plt.rc_context({"text.parse_math": False}):
+        axes.legend(axes.lines, curves)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
@@ -187,16 +252,19 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
     """The card, not yet written.
 
     Raises:
-        ValueError: a file is missing or does not hold what is needed; the message names it.
+        ValueError: the repository has no possible name, or a file is missing or does not hold what is needed; the
+            message names it.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, StrictDataclassError) as error:
-        raise ValueError(f"{folder} is not a model folder: {error}") from error
+    validate_repo_id(repo_id)
+    config = read_config(folder)
     head, task = find_head(config), pipeline_tag(config)
-    training = read_json(folder / "training.json", *TRAINING_FIELDS)
+    training = read_training(folder / "training.json")
     data, hardware, minutes = training["data"], training["hardware"], training["seconds"] / 60
     results = read_results(folder / "metrics.jsonl", data, task)
+    if data["training_tokens"] is None:
+        tokens = f"{training['steps'] * training['tokens_per_step']:,} tokens of a stream"
+    else:
+        tokens = f"{data['training_tokens']:,} tokens"
     comparison = read_comparison(folder)
     name = repo_id.split("/")[-1]
     card_data = ModelCardData(
@@ -212,6 +280,8 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
+        in_text=in_text,
+        in_code=in_code,
         model_name=name,
         kind=head.kinds[config.num_channels is not None],
         limits=head.limits,
@@ -219,6 +289,7 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
         loading=loading(head, repo_id, config, remote_code=False),
         loading_remote_code=loading(head, repo_id, config, remote_code=True),
         training=training,
+        tokens=tokens,
         duration=f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours",
         hardware=f"{hardware['processes']} x {hardware['device']} ({hardware['threads']} threads each)",
         versions=", ".join(f"{library} {version}" for library, version in training["versions"].items()),
@@ -246,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         write_card(args.folder, args.repo_id)
-    except ValueError as refused:
+    except (ValueError, OSError) as refused:
         parser.exit(2, f"error: {refused}\n")
     print(f"{args.folder / 'README.md'} written.")
 

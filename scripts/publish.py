@@ -4,26 +4,29 @@
     python scripts/publish.py FOLDER REPO_ID
 
 The repository becomes the folder: files that are only there are deleted. Nothing is uploaded before every check has
-passed and the list of changes was agreed to.
+passed and the list of changes was agreed to; what is uploaded is the copy that was checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
-import json
+import html
+import itertools
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import (
     ADDED_TOKENS_FILE,
@@ -35,8 +38,9 @@ from transformers.tokenization_utils_base import (
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import lrcssm_hf
+from checked_json import read_json
 from lrcssm_hf import LrcSSMConfig
-from make_card import find_head, pipeline_tag
+from make_card import find_head, pipeline_tag, read_config
 
 
 _CODE = {Path(file).name: Path(file) for file in get_relative_import_files(lrcssm_hf.modeling_lrcssm.__file__)}
@@ -45,7 +49,37 @@ _KNOWN = {CONFIG_NAME, GENERATION_CONFIG_NAME, *_CODE}
 _KNOWN |= {FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE}
 _KNOWN |= {"README.md", "LICENSE", "training.json", "metrics.jsonl", "loss.png", "comparison.json", "comparison.png"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_PLACEHOLDER = re.compile(r"more information needed|lorem ipsum|\b(todo|tbd|fixme)\b|\{\{", re.IGNORECASE)
+# The forms of what gives access to an account or a machine.
+_SECRETS = {
+    "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{20,}",
+    "an OpenAI or Anthropic key": rb"\bsk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": rb"\b(gh[oprsu]|github_pat)_[A-Za-z0-9_]{20,}",
+    "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an AWS key": rb"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google key": rb"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "a private key": rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY",
+    "a password in an address": rb"://[A-Za-z0-9][^\s/:@\"'<>]*:[^\s/@\"'<>]+@",
+}
+_SECRETS = {kind: re.compile(form) for kind, form in _SECRETS.items()}
+_PLACEHOLDER = re.compile(r"(?i:more information needed|lorem ipsum)|\b(TODO|TBD|FIXME)\b|\{\{")
+# Of Markdown: code, which is not searched, and whatever leads from the page to somewhere else.
+_CODE_BLOCK = re.compile(
+    r"^ {0,3}(?P<fence>(?P<mark>[`~])(?P=mark){2,})(?![^\n]*`).*?(^ {0,3}(?P=fence)(?P=mark)*[ \t]*$|\Z)", re.M | re.S
+)
+_CODE_SPAN = re.compile(r"(?<!`)(?P<fence>`+)(?!`)((?!\n\s*\n).)+?(?<!`)(?P=fence)(?!`)", re.S)
+_LINK = re.compile(
+    r"""
+    \]\(\s*(<[^<>\n]*>|[^\s)]*)                    # [text](target "title")
+    | ^[ >]*\[[^\]^][^\]]*\]:\s*(<[^<>\n]*>|\S+)   # [label]: target
+    | <([a-z][a-z0-9+.-]+:[^\s<>]*)>                # <target>
+    | \b(file:/\S*)
+    """,
+    re.X | re.I | re.M,
+)
+_TAG = re.compile(r"""<[a-z]("[^"]*"|'[^']*'|[^<>"'])*>""", re.I)
+_ATTRIBUTE = re.compile(r"""\b(?:href|src|srcset|poster)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", re.I)
+_WEB = re.compile(r"https?://|mailto:|#", re.I)
 _KEPT = {".gitattributes"}  # The Hub's own.
 
 
@@ -60,41 +94,61 @@ def check(folder: Path, repo_id: str) -> list[Path]:
         ValueError: it is not; the message names the file and the remedy.
     """
     files = check_names(folder)
+    check_secrets(files)
     config = check_config(folder)
     files += check_code(folder)
-    model = check_model(folder, config)
+    check_model(folder, config)
     if config.num_channels is None:
         check_tokenizer(folder, config)
-    check_card(folder, repo_id, model)
+    check_card(folder / "README.md", repo_id, config, {path.name for path in files})
     return files
 
 
 def check_names(folder: Path) -> list[Path]:
+    """The files, which are those of a model folder and lie in it."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
     files = sorted(folder.iterdir())
+    for path in files:
+        if path.is_symlink():
+            raise ValueError(f"{_shown(path)} is a symbolic link; put a copy of what it leads to in its place.")
     weights, index = {SAFE_WEIGHTS_NAME}, folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+        shards = read_json(index, {"weight_map": {str: str}})["weight_map"].values()
+        weights = {index.name, *(name for name in shards if name.endswith(".safetensors"))}
     for path in files:
         if path.suffix in _PICKLES:
-            raise ValueError(f"{path.name} is a pickle, which runs anything when loaded; publish safetensors only.")
+            raise ValueError(f"{_shown(path)} is a pickle, which runs anything when loaded; publish safetensors only.")
         if not path.is_file() or path.name not in _KNOWN | weights:
-            raise ValueError(f"{path.name} is not part of a model folder; move it out of {folder}.")
+            raise ValueError(f"{_shown(path)} is not part of a model folder; move it out of {folder}.")
     return files
 
 
+def _shown(path: Path) -> str:
+    """Its name, on one line."""
+    return path.name if path.name.isprintable() else repr(path.name)
+
+
+def check_secrets(files: list[Path]) -> None:
+    """No file but the weights has a line that could be one; what is said of it does not repeat it."""
+    for path in files:
+        if path.suffix == ".safetensors":
+            continue
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                for kind, form in _SECRETS.items():
+                    if found := form.search(line):
+                        shown = found[0][:8].decode(errors="replace")
+                        raise ValueError(
+                            f"{path.name}, line {number}: {shown!r}... looks like {kind}; take it out, and revoke it "
+                            "if others may have read it."
+                        )
+
+
 def check_config(folder: Path) -> LrcSSMConfig:
-    path = folder / CONFIG_NAME
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        written = json.loads(path.read_text())
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{path.name} does not load: {error}") from error
-    if not isinstance(config, LrcSSMConfig):
-        raise ValueError(f"{path.name} is of a model of type {config.model_type!r}, not 'lrcssm'.")
-    if written.get("auto_map") != config.auto_map:
-        raise ValueError(f"{path.name} does not lead to the code beside it; save the model again (`save_pretrained`).")
+    config = read_config(folder)
+    if read_json(folder / CONFIG_NAME).get("auto_map") != config.auto_map:
+        raise ValueError("config.json does not lead to the code beside it; save the model again (`save_pretrained`).")
     return config
 
 
@@ -109,8 +163,8 @@ def check_code(folder: Path) -> list[Path]:
     return missing
 
 
-def check_model(folder: Path, config: LrcSSMConfig) -> PreTrainedModel:
-    """The model, loaded with every weight finite and in its place, and run."""
+def check_model(folder: Path, config: LrcSSMConfig) -> None:
+    """It loads with every weight finite and in its place, and runs."""
     find_head(config)
     model_class = getattr(lrcssm_hf, config.architectures[0])
     try:
@@ -133,7 +187,6 @@ def check_model(folder: Path, config: LrcSSMConfig) -> PreTrainedModel:
             raise ValueError(f"{model_class.__name__} answers with NaN or infinite values.")
         if model.can_generate():
             model.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=4, do_sample=False)
-    return model
 
 
 def check_tokenizer(folder: Path, config: LrcSSMConfig) -> None:
@@ -142,35 +195,49 @@ def check_tokenizer(folder: Path, config: LrcSSMConfig) -> None:
         ids = tokenizer("def mean(values):").input_ids
     except Exception as error:
         raise ValueError(f"The tokenizer does not load: {error}") from error
-    if not ids or len(tokenizer) > config.vocab_size:
-        raise ValueError(f"The tokenizer is not the model's: {len(tokenizer)} tokens, not {config.vocab_size}.")
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if not ids or size > config.vocab_size:
+        raise ValueError(f"The tokenizer is not the model's: its ids end at {size - 1}, not {config.vocab_size - 1}.")
 
 
-def check_card(folder: Path, repo_id: str, model: PreTrainedModel) -> None:
-    path = folder / "README.md"
+def check_card(path: Path, repo_id: str, config: LrcSSMConfig, names: set[str]) -> None:
+    """The card, which may lead to these files beside it."""
     if not path.is_file():
         raise ValueError("README.md, the model card, is missing; `python scripts/make_card.py` writes it.")
     try:
         card = ModelCard.load(path)
     except Exception as error:
         raise ValueError(f"README.md: its metadata cannot be read: {error}") from error
-    expected = {"library_name": "transformers", "pipeline_tag": pipeline_tag(model.config)}
+    expected = {"library_name": "transformers", "pipeline_tag": pipeline_tag(config)}
     for field, value in expected.items():
         if getattr(card.data, field) != value:
             raise ValueError(f"README.md: `{field}` must be {value!r}, got {getattr(card.data, field)!r}.")
     for field in ("license", "tags"):
         if not getattr(card.data, field):
             raise ValueError(f"README.md: `{field}` is missing from the metadata at its top.")
+    for field in ("datasets", "base_model"):
+        value = getattr(card.data, field) or []
+        for name in [value] if isinstance(value, str) else value:
+            try:
+                validate_repo_id(name)
+            except ValueError as error:
+                raise ValueError(f"README.md: `{field}` must be names on the Hub, got {name!r}.") from error
     if not card.text.strip():
         raise ValueError("README.md: there is no text below the metadata.")
     if f'"{repo_id}"' not in card.text:
         raise ValueError(
             f"README.md: it does not say how to load {repo_id!r}; `python scripts/make_card.py` writes it anew."
         )
-    if placeholder := _PLACEHOLDER.search(card.text):
+    prose = _CODE_BLOCK.sub("", card.text)
+    # An escaped sign is no markup, and none of a file's name.
+    prose = _CODE_SPAN.sub("", re.sub(r"\\[^\w\s]", "\N{REPLACEMENT CHARACTER}", prose))
+    if placeholder := _PLACEHOLDER.search(prose):
         raise ValueError(f"README.md: {placeholder[0]!r} is a placeholder; fill it in.")
-    for target in re.findall(r"\]\(([^)#:]+)\)", card.text):
-        if not (folder / target).is_file():
+    attributes = (attribute for tag in _TAG.finditer(prose) for attribute in _ATTRIBUTE.finditer(tag[0]))
+    for link in itertools.chain(_LINK.finditer(prose), attributes):
+        target = html.unescape(link[link.lastindex].strip("<>\"'")).strip()
+        name = unquote(re.split("[?#]", target)[0]).removeprefix("./")
+        if not _WEB.match(target) and name not in names:
             raise ValueError(f"README.md: links to {target}, which is not in the folder.")
 
 
@@ -202,7 +269,19 @@ def publish(folder: Path, repo_id: str, private: bool, ask: bool) -> str | None:
         ValueError: the folder or the repository cannot be used; nothing was changed.
         Exception: huggingface_hub gave up, or what arrived is not what was sent.
     """
-    files = check(folder, repo_id)
+    # The folder may change while it is checked, and while the question waits for an answer.
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        try:
+            for path in check_names(folder):
+                shutil.copyfile(path, copy / path.name, follow_symlinks=False)
+            files = check(copy, repo_id)
+        except (ValueError, OSError) as error:
+            raise ValueError(str(error).replace(str(copy), str(folder))) from error
+        return upload(files, repo_id, f"Upload {folder.resolve().name}", private, ask)
+
+
+def upload(files: list[Path], repo_id: str, message: str, private: bool, ask: bool) -> str | None:
     api = HfApi()
     try:
         info = api.model_info(repo_id, files_metadata=True)
@@ -228,7 +307,7 @@ def publish(folder: Path, repo_id: str, private: bool, ask: bool) -> str | None:
         commit = api.create_commit(
             repo_id,
             [*deletions, *additions],
-            commit_message=f"Upload {folder.resolve().name}",
+            commit_message=message,
             parent_commit=info.sha if info else None,
         ).oid
     verify(api, files, repo_id, commit)

@@ -4,8 +4,10 @@
 import functools
 import json
 import os
+import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +112,32 @@ def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def link(name):
+    def replace(folder):
+        elsewhere = folder.with_name("elsewhere")
+        elsewhere.write_text("x")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(elsewhere)
+
+    return replace
+
+
+def index_weights(index, *names):
+    def replace(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in names:
+            (folder / name).write_text("x")
+
+    return replace
+
+
+def edit_tokenizer(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["z"] = 999
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 NORM = "model.norm.weight"
 REFUSED = {
     "truncated weights": (cut_weights, "weights do not load"),
@@ -147,6 +175,35 @@ REFUSED = {
     "a card for another name": (edit_card(REPO_ID, "user/another"), f"how to load '{REPO_ID}'"),
     "a placeholder": (edit_card("## Limits.*## ", "## Limits\n\n[More Information Needed]\n\n## "), "placeholder"),
     "a picture that is not there": (lambda folder: (folder / "loss.png").unlink(), "links to loss.png"),
+    "a link in a model's file's place": (link("LICENSE"), "LICENSE is a symbolic link"),
+    "linked weights": (link("model.safetensors"), "model.safetensors is a symbolic link"),
+    "a linked index": (link("model.safetensors.index.json"), "index.json is a symbolic link"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "LICENSE"), "LICENSE is not part of a model"),
+    "a name of two lines": (lambda folder: (folder / "a\nb").write_text(""), r"'a\\nb' is not part of a model"),
+    "a name that is no text": (
+        lambda folder: (folder / os.fsdecode(b"\xff")).write_text(""),
+        r"'\\udcff' is not part of a model",
+    ),
+    "a hidden file": (lambda folder: (folder / ".env").write_text(""), ".env is not part of a model"),
+    "an index of something else": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+        "index.json cannot be read",
+    ),
+    "an index that is a list": (index_weights([]), "index.json must be an object"),
+    "an index without names": (index_weights({"weight_map": {"x": None}}), "weight_map: x must be a string, got None"),
+    "a key among the weights": (
+        index_weights({"weight_map": {"x": "id_rsa"}}, "id_rsa"),
+        "id_rsa is not part of a",
+    ),
+    "a list of settings": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "config.json does not load",
+    ),
+    "tokens with larger ids than the model's": (edit_tokenizer, "ids end at 999, not 256"),
+    "data that others lack": (
+        edit_card("tags:", "datasets: /home/me/texts\\ntags:"),
+        "`datasets` must be names",
+    ),
 }
 
 
@@ -158,6 +215,91 @@ def test_what_is_wrong_is_named_before_anything_is_sent(case, folder, hub, capsy
     error = capsys.readouterr().err
     assert re.search(f"error: .*{message}", error, flags=re.DOTALL), error
     assert hub.requests == []
+
+
+def random_letters(count):
+    return "".join(random.Random(count).choices(string.ascii_letters + string.digits, k=count))
+
+
+# Put together here, or this file would look like one with secrets.
+SECRETS = {
+    "Hugging Face": "hf" + "_" + random_letters(34),
+    "OpenAI": "sk" + "-" + random_letters(48),
+    "OpenAI or Anthropic": "sk" + "-ant-api03-" + random_letters(40),
+    "GitHub": "ghp" + "_" + random_letters(36),
+    "AWS": "AKIA" + "IOSFODNN7EXAMPLE",
+    "private key": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+    "password": "https://me:" + random_letters(12) + "@host.org/texts",
+}
+WRITTEN = ["README.md", "LICENSE", "training.json", "metrics.jsonl", "tokenizer.json", "config.json", "loss.png"]
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_gives_access_to_an_account_is_found_and_not_repeated(name, kind, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\n" + json.dumps({"command": f"train --token '{SECRETS[kind]}'"}).encode())
+    with pytest.raises(ValueError, match=f"{name}, line 2: .* looks like .*{kind}") as refused:
+        publish.check_secrets([path])
+    assert SECRETS[kind] not in str(refused.value)
+
+
+def test_a_secret_is_never_sent(folder, hub, capsys):
+    edit_json("training.json", command=f"train --hub_token {SECRETS['Hugging Face']}")(folder)
+    assert run(folder) == 2
+    assert "training.json, line 1: 'hf_" in capsys.readouterr().err and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "[a](file:///etc/hosts)",
+        "[a](/etc/hosts)",
+        "[a](../config.json)",
+        "[a](<../a b.txt>)",
+        "[a]( /etc/hosts 'a title')",
+        "[a](notes.txt#there)",
+        "[a](%2e%2e/config.json)",
+        "[a](C:\\\\texts)",
+        "[![a](loss.png)](/etc/hosts)",
+        "![a](/home/me/loss.png)",
+        "[a][1]\n\n[1]: /etc/hosts",
+        "[a]\n\n> [a]: <file:///etc/hosts> 'a title'",
+        "<file:///etc/hosts>",
+        "file:///etc/hosts",
+        '<img alt="a" src="/etc/hosts">',
+        "<IMG SRC=notes.png>",
+        '<img alt=">" src="/etc/hosts">',
+        "<a title=\"a\" href='https://host.org'><img src=/etc/hosts></a>",
+        "<a\nhref = '../config.json'>a</a>",
+        '<a href="&#47;etc/hosts">a</a>',
+        "`code` [a](/etc/hosts) `code`",
+        "```\ncode\n```\n[a](/etc/hosts)",
+        "`not code\n\n[a](/etc/hosts) `",
+    ],
+)
+def test_a_link_to_what_is_not_published_is_refused(link, folder):
+    with (folder / "README.md").open("a") as card:
+        card.write(f"\n\n{link}\n")
+    config, names = publish.check_config(folder), {path.name for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="README.md: links to .*, which is not in the folder"):
+        publish.check_card(folder / "README.md", REPO_ID, config, names)
+
+
+def test_what_is_published_and_what_is_on_the_web_may_be_linked(folder):
+    links = ["[a](https://host.org/a_(b))", "[a](#limits)", "[a](./loss.png 'title')", "<img src='loss.png'>", "[1]"]
+    links += ["<https://host.org>", "<me@host.org>", "`[a](/etc/hosts)`", "``a ` [a](/etc/hosts)``", "a[i] (b)"]
+    links += ["~~~~python\nx[0](y)\n~~~\n<img src=x>\n~~~~", r"\[a\](/etc/hosts)", "[a](config.json#L3)"]
+    links += [
+        "[a](recurrence.py)",
+        "[1]: <training.json> 'title'",
+        "1 < 2, src=/etc/hosts",
+        "```\n[a](/etc/hosts) {{ x }} TODO",
+    ]
+    with (folder / "README.md").open("a") as card:
+        card.write("\n\n" + "\n\n".join(links))
+    names = {path.name for path in folder.iterdir()}
+    publish.check_card(folder / "README.md", REPO_ID, publish.check_config(folder), names)
 
 
 @pytest.mark.parametrize("repo_id", ["no-namespace/", "a/b/c", "user/na me"])
@@ -201,6 +343,43 @@ def test_the_folder_arrives_in_one_commit(folder, hub, capsys):
     # It was downloaded for comparison, every file of it.
     for path in folder.iterdir():
         assert f"GET /{REPO_ID}/resolve/{commits[1].oid}/{path.name}" in hub.requests
+
+
+def test_what_arrives_is_what_was_checked(folder, hub, monkeypatch, tmp_path):
+    """Also where the files are exchanged while the question waits for its answer."""
+    before = contents(folder)
+    (tmp_path / "key").write_text("a key")
+
+    def answer(question):
+        for name in ("training.json", "model.safetensors"):
+            (folder / name).unlink()
+            (folder / name).symlink_to(tmp_path / "key")
+        return "y"
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", answer)
+    publish.main([str(folder), REPO_ID])
+    assert published(hub) == before
+
+
+def test_a_link_that_appears_after_the_names_were_seen_is_refused(folder, hub, monkeypatch, capsys):
+    copyfile = shutil.copyfile
+
+    def copy_late(source, target, **options):
+        if source.name == "training.json":
+            link(source.name)(folder)
+        return copyfile(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_late)
+    assert run(folder) == 2
+    assert "training.json is a symbolic link" in capsys.readouterr().err and hub.requests == []
+
+
+def test_a_folder_may_have_any_name(folder, hub):
+    named = folder.rename(folder.with_name("мой модель, v1.0 {{x}}"))
+    make_card.main([str(named), REPO_ID])
+    assert run(named) == 0
+    assert published(hub) == contents(named)
 
 
 def test_code_that_is_not_beside_the_weights_comes_from_the_package(folder, hub):
