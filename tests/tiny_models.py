@@ -33,7 +33,7 @@ def make_writer(seed=0, **changes):
     for parameter in model.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     ids = random_ids(16, 20, seed=9) % model.config.vocab_size
-    common = model.model(ids, use_cache=False).last_hidden_state.mean((0, 1))
+    common = model.model(ids, use_cache=False, return_dict=True).last_hidden_state.mean((0, 1))
     weight = model.lm_head.weight
     weight.sub_(torch.outer(weight @ common, common) / common.dot(common))
     return model
