@@ -7,17 +7,26 @@ Padding and the equality of cached and uncached generation are in test_modeling.
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    TextIteratorStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from lrcssm_hf import LrcSSMForSequenceModeling
+from lrcssm_hf import LrcSSMForSequenceModeling, saved_states
 from lrcssm_hf.host import CACHE
 from text_data import load_tokenizer
-from tiny_models import make_model, make_writer, random_ids
+from tiny_models import make_model, make_writer, random_ids, without_memory
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -227,6 +236,68 @@ def test_a_state_of_other_weights_is_refused(tmp_path, model, ids):
             other.load_state(path)
 
 
+def rewrite(path, change):
+    """The file, its tensors changed under the same metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+RECURRENT = "layers.1.recurrent_state"
+DAMAGE = {
+    "another value": (lambda tensors, _: tensors[RECURRENT].mul_(1 + 1e-6), "not those that were written"),
+    "another shape": (lambda tensors, _: tensors.update({RECURRENT: tensors[RECURRENT][:1]}), "not those that were"),
+    "another dtype": (lambda tensors, _: tensors.update({RECURRENT: tensors[RECURRENT].half()}), "not those that were"),
+    "one more": (lambda tensors, _: tensors.update(more=torch.ones(1)), "not those that were written"),
+    "one less": (lambda tensors, _: tensors.pop(RECURRENT), "not a whole file"),
+    "no digest": (lambda _, metadata: metadata.pop("state_digest"), "not those that were written"),
+}
+
+
+def with_digest(change):
+    """As one who means harm, or another program, would write it."""
+
+    def changed(tensors, metadata):
+        change(tensors)
+        metadata["state_digest"] = saved_states._digest(tensors)
+
+    return changed
+
+
+DAMAGE |= {
+    "not finite": (with_digest(lambda tensors: tensors[RECURRENT].fill_(torch.nan)), f"{RECURRENT} must be finite"),
+    "whole numbers": (
+        with_digest(lambda tensors: tensors.update({RECURRENT: tensors[RECURRENT].long()})),
+        f"{RECURRENT} must be finite numbers, got torch.int64",
+    ),
+    "other rows": (
+        with_digest(lambda tensors: tensors.update({RECURRENT: tensors[RECURRENT][:1]})),
+        r"\(1, 32\) in layer 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@torch.no_grad()
+def test_a_state_that_was_changed_is_refused(case, tmp_path, model, ids):
+    change, message = DAMAGE[case]
+    path = tmp_path / "state.safetensors"
+    model.save_state(model(ids, use_cache=True)[CACHE], path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        model.load_state(path)
+
+
+@torch.no_grad()
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, model, ids):
+    cache = model(ids, use_cache=True)[CACHE]
+    cache.layers[2].recurrent_states[0][1, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.save_state(cache, tmp_path / "state.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @torch.no_grad()
 def test_what_is_no_state_is_refused(tmp_path, model, ids):
     path = tmp_path / "state.safetensors"
@@ -246,3 +317,47 @@ def test_what_is_no_state_is_refused(tmp_path, model, ids):
     for other in (make_model(num_hidden_layers=4), make_model(state_size=20)):
         with pytest.raises(ValueError, match=r"of 3 layers .* \('rows', 32, 3\)"):
             model.save_state(other(ids, use_cache=True)[CACHE], path)
+
+
+# --- The model of this repository -----------------------------------------------------------------------------------
+
+NANO = Path(__file__).resolve().parents[1] / "model_cards" / "lrcssm-python-nano"
+PROMPTS = ["def mean(values):\n    if not", "class Stack:\n", "import os\nimport sys\n\n\ndef main():\n    "]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    tokenizer = AutoTokenizer.from_pretrained(NANO, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(NANO).eval(), tokenizer(PROMPTS, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 0.8, "top_k": 40},
+    ],
+    ids=["greedy", "beams", "sampled"],
+)
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["one", "padded batch"])
+@torch.no_grad()
+def test_nano_writes_the_same_with_and_without_its_cache(nano, options, rows, tmp_path):
+    """And goes on from a state in a file as from the text itself."""
+    model, batch = nano
+    batch = {name: values[rows] for name, values in batch.items()}
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, **options}
+
+    def write(**arguments):
+        torch.manual_seed(0)
+        return model.generate(**arguments, **options)
+
+    length = batch["input_ids"].shape[1]
+    text = write(**batch)[:, length:]
+    assert torch.equal(write(**batch, use_cache=False)[:, length:], text)
+    read, rest = ({name: values[:, part] for name, values in batch.items()} for part in (slice(-3), slice(-3, None)))
+    model.save_state(model(**read, use_cache=True)[CACHE], tmp_path / "state.safetensors")
+    loaded = model.load_state(tmp_path / "state.safetensors")
+    assert torch.equal(write(**rest, cache=loaded)[:, 3:], text)
+    with without_memory():
+        assert not torch.equal(write(**batch)[:, length:], text)
