@@ -13,6 +13,7 @@ sequence is solved by prefix scans. Shapes: B batch, T steps, D state.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import math
@@ -33,8 +34,9 @@ logger = logging.getLogger(__name__)
 SOLVERS = ("auto", "sequential", "newton", "chunked")
 BACKENDS = ("auto", "torch", "cpu", "triton")
 
-# Operators are global, and transformers makes a copy of this file for every Hub model's code: each has its own.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+# Operators are global, and transformers makes a copy of this file for every Hub model's code: each has its own. Torch
+# takes ASCII only, in which two folders' names may look the same.
+_NAMESPACE = f"{re.sub(r'[^a-zA-Z0-9_]', '_', __name__)}_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 # Newton either converges in a handful of iterations or does not converge in time to be worth waiting for.
 _MAX_NEWTON_ITERATIONS = 30
 # Below this many steps a Python loop costs no more than the parallel solvers' bookkeeping.

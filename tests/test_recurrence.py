@@ -416,8 +416,9 @@ def test_cpu_kernel_does_not_depend_on_the_default_dtype(dtype):
     assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients))
 
 
-def test_two_copies_of_the_module_live_side_by_side():
-    """As with two Hub models' code in one process."""
+@pytest.mark.parametrize("names", [("copy_1", "copy_2"), ("копия", "модел")], ids=str)
+def test_two_copies_of_the_module_live_side_by_side(names):
+    """As with two Hub models' code in one process, also from folders with names that differ in letters beyond ASCII."""
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"lrcssm_hf.{name}", recurrence.__file__)
@@ -425,10 +426,10 @@ def test_two_copies_of_the_module_live_side_by_side():
         spec.loader.exec_module(module)
         return module
 
-    first = load("copy_1")
+    first = load(names[0])
     problem = random_problem(2, 40, 3)
     states, _ = first.lrc_scan(*problem[:3])
-    second = load("copy_2")
+    second = load(names[1])
     for module in (first, second):
         assert torch.equal(module.lrc_scan(*problem[:3])[0], states)
     states.sum().backward()
