@@ -17,7 +17,9 @@ import hashlib
 import importlib.util
 import logging
 import math
+import numbers
 import re
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .context_parallel import scan_over_ranks
 
@@ -146,7 +149,21 @@ def lrc_step(
 
     Returns:
         x_t, (..., D).
+
+    Raises:
+        ValueError: an argument is no tensor, or of a shape that would make the state another; the message names it.
     """
+    _require_tensor("state", state)
+    operands = {"forget_input": forget_input, "update_input": update_input, **_named(parameters)}
+    optional = {"elastance_input": elastance_input, "time_step": time_step}
+    operands |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, tensor in operands.items():
+        _require_tensor(name, tensor, state)
+        sizes = zip(reversed(tensor.shape), reversed(state.shape))
+        if tensor.dim() > state.dim() or not all(size in (1, wanted) for size, wanted in sizes):
+            raise ValueError(
+                f"`{name}` must be broadcastable to the state's shape {tuple(state.shape)}, got {tuple(tensor.shape)}."
+            )
     return _advance(state, _cell(state, forget_input, update_input, elastance_input, parameters), time_step)
 
 
@@ -335,11 +352,11 @@ def _scan_torch(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: b
 
 @torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    backend = _fastest_backend(initial_state.real)
-    if backend != "torch" and (_kernels(backend).scans_complex or not initial_state.is_complex()):
-        return _kernels(backend).prefix_scan(decay, inputs, initial_state, reverse)
-    dtype = initial_state.dtype
-    return _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
+    states = _by_kernels("prefix_scan", "auto", initial_state, decay, inputs, initial_state, reverse)
+    if states is None:
+        dtype = initial_state.dtype
+        states = _scan_torch(decay.to(dtype), inputs.to(dtype), initial_state, reverse).contiguous()
+    return states
 
 
 @_prefix_scan_op.register_fake
@@ -369,7 +386,7 @@ def _prefix_scan_backward(ctx, grad_states):
         following = torch.cat([zeros.unsqueeze(1), decay[:, :-1]], dim=1)
     else:
         following = torch.cat([decay[:, 1:], zeros.unsqueeze(1)], dim=1)
-    adjoint = _prefix_scan_op(following, grad_states.contiguous(), zeros, not ctx.reverse)
+    adjoint = _prefix_scan(following, grad_states.contiguous(), zeros, not ctx.reverse)
     decay_dtype, inputs_dtype = ctx.dtypes
     grad_decay = (adjoint * _conjugate(previous)).to(decay_dtype)
     return grad_decay, adjoint.to(inputs_dtype), decay[:, last] * adjoint[:, last], None
@@ -386,6 +403,14 @@ def _conjugate(tensor: Tensor) -> Tensor:
 _prefix_scan_op.register_autograd(_prefix_scan_backward, setup_context=_prefix_scan_setup)
 
 
+def _prefix_scan(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
+    if not _is_transformed():
+        return _prefix_scan_op(decay, inputs, initial_state, reverse)
+    if reverse:
+        return _prefix_scan(decay.flip(1), inputs.flip(1), initial_state, False).flip(1)
+    return _scan_loop(decay.to(initial_state.dtype), inputs.to(initial_state.dtype), initial_state)
+
+
 def prefix_scan(
     decay: Tensor,
     inputs: Tensor,
@@ -398,7 +423,8 @@ def prefix_scan(
 
     Args:
         decay, inputs: (B, T, D), real or complex.
-        initial_state: h_0 (for `reverse`, h_{T+1}), (B, D); zero by default.
+        initial_state: h_0 (for `reverse`, h_{T+1}), (B, D); zero by default. Whole numbers and booleans count as what
+            they are worth, here as everywhere.
         reverse: run from the last step to the first, h_t = decay_t * h_{t+1} + inputs_t.
         group: the ranks over which a sequence is spread, as for [`lrc_scan`]; forwards, and for real numbers.
 
@@ -406,16 +432,16 @@ def prefix_scan(
         The states h_1 .. h_T, (B, T, D), in the widest of the arguments' dtypes and at least float32.
 
     Raises:
-        ValueError: a shape does not fit; the message names the argument.
+        ValueError: a shape, dtype or device does not fit; the message names the argument and the fix.
     """
-    if inputs.dim() != 3:
-        raise ValueError(f"`inputs` must be (batch, steps, state), got shape {tuple(inputs.shape)}.")
-    _require_shape("decay", decay, inputs.shape)
+    _require_sequence("inputs", inputs)
+    _require_tensor("decay", decay, inputs, inputs.shape)
     if initial_state is not None:
-        _require_shape("initial_state", initial_state, (inputs.shape[0], inputs.shape[2]))
+        _require_tensor("initial_state", initial_state, inputs, (inputs.shape[0], inputs.shape[2]))
     dtype = _working_dtype(decay, inputs, initial_state)
     if initial_state is None:
         initial_state = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=dtype)
+    decay, inputs, initial_state = _operand(decay, dtype), _operand(inputs, dtype), _operand(initial_state, dtype)
     if group is not None:
         _check_spread("reverse", reverse, dtype)
 
@@ -427,9 +453,7 @@ def prefix_scan(
         return scan_over_ranks(scan, group, operands, (), initial_state.to(dtype), _rounding(dtype))[0]
     if inputs.shape[1] == 0:
         return inputs.to(dtype)
-    if dtype.is_complex:
-        decay, inputs = decay.to(dtype), inputs.to(dtype)
-    return _prefix_scan_op(decay, inputs, initial_state.to(dtype), reverse)
+    return _prefix_scan(decay, inputs, initial_state.to(dtype), reverse)
 
 
 # --- The nonlinear scan ---------------------------------------------------------------------------------------------
@@ -460,15 +484,13 @@ def _lrc_scan_op(
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states, final_state, [iterations, residual, fell_back, index of the solver])."""
-    if backend == "torch":
-        problem = _make_problem(forget_input, update_input, elastance_input, time_step, reset, weights)
-        states, info = _solve(problem, initial_state, solver, tolerance)
+    operands = (forget_input, update_input, elastance_input, time_step, reset)
+    results = _by_kernels("lrc_scan", backend, weights, *operands, initial_state, weights, solver, tolerance)
+    if results is None:
+        states, info = _solve(_make_problem(*operands, weights), initial_state, solver, tolerance)
         numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
-        numbers = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
-    else:
-        states, numbers = _kernels(backend).lrc_scan(
-            forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
-        )
+        results = states, torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+    states, numbers = results
     return states.contiguous(), states[:, -1].clone(), numbers
 
 
@@ -497,10 +519,12 @@ def _lrc_scan_backward_op(
     The adjoint lam_t = g_t + J_{t+1} lam_{t+1} is linear: everything but one reverse scan is elementwise. Gradients of
     absent arguments are empty tensors.
     """
-    if backend != "torch":
-        return _kernels(backend).lrc_scan_backward(
-            grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
-        )
+    operands = (forget_input, update_input, elastance_input, time_step, reset)
+    gradients = _by_kernels(
+        "lrc_scan_backward", backend, weights, grad_states, states, *operands, initial_state, weights
+    )
+    if gradients is not None:
+        return gradients
     if weights.is_complex():
         # The cell is holomorphic: its conjugated derivatives are its derivatives at the conjugated arguments.
         states, forget_input, update_input = states.conj(), forget_input.conj(), update_input.conj()
@@ -559,6 +583,8 @@ def _lrc_scan_setup(ctx, inputs, output):
 
 
 def _lrc_scan_autograd(ctx, grad_states, grad_final_state, grad_info):
+    if _in_forward_mode():
+        raise NotImplementedError("Forward mode has to begin before `lrc_scan` is called, not before going back only.")
     states, *operands = ctx.saved_tensors
     grad_states = torch.zeros_like(states) if grad_states is None else grad_states
     if grad_final_state is not None:
@@ -591,21 +617,25 @@ def lrc_scan(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LrcScanInfo]:
     """All states of the LRC recurrence, exactly; differentiable in every floating-point argument.
 
+    In forward mode (`torch.autograd.forward_ad`) and inside the transforms of `torch.func`, the definition is evaluated
+    step by step, whatever `solver` and `backend`: slowly, and with derivatives of every order.
+
     Args:
         forget_input, update_input: c_t and d_t, (B, T, D): the sensory currents into forget gate and update.
         parameters: the state's own dynamics, see `LrcParameters`.
         elastance_input: q_t, (B, T, D): lets the input decide whether a neuron holds its state or changes it.
         initial_state: x_0, (B, D); zero by default.
-        time_step: dt_t, (B, T), elapsed time in units of the training step; 1 by default. Where it is 0 the state is
-            left bit for bit as it was.
+        time_step: dt_t, (B, T), real, elapsed time in units of the training step; 1 by default. Where it is 0 the state
+            is left bit for bit as it was. Its values are not looked at, which on a GPU would have to wait: the equation
+            holds for a negative one too, and the state after one that is not a number is not a number either.
         reset: (B, T) bool; where it is set, the state before that step counts as zero.
         solver: `sequential` evaluates the definition; `newton` linearises all steps at once (DEER); `chunked` runs
             exact chunks in parallel and matches their boundaries; `auto` picks. All give the same states: a parallel
             solver that does not reach the tolerance is replaced by `sequential`.
         backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `triton` are
             the kernels for GPUs, in float32 and float64; `auto` takes the kernels where they apply.
-        tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver; by default 16
-            units of rounding of the working dtype.
+        tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver, positive and
+            finite; by default 16 units of rounding of the working dtype.
         return_info: also return an `LrcScanInfo`.
         group: the ranks over which a sequence is spread, in its order: what is passed are this rank's steps, of any
             number, and the same parameters and initial state on all ranks. States and gradients are those of the whole
@@ -615,41 +645,52 @@ def lrc_scan(
 
     Returns:
         states (B, T, D) and final_state (B, D), in the widest dtype of inputs, parameters and initial state, at least
-        float32. With `return_info`, the info as a third item. Second derivatives are not implemented and raise.
+        float32. Whole numbers and booleans count as what they are worth. With `return_info`, the info as a third item.
+        Second derivatives are not implemented and raise.
 
     Raises:
-        ValueError: a shape, solver or backend does not fit; the message names the argument and the fix.
+        ValueError: an argument is no tensor, or its shape, dtype, device or value does not fit; the message names it
+            and the fix.
+        RuntimeError: a kernel of the `backend` that was asked for does not compile or run. On `auto`, PyTorch takes
+            over with a warning.
     """
-    if forget_input.dim() != 3:
-        raise ValueError(f"`forget_input` must be (batch, steps, state), got shape {tuple(forget_input.shape)}.")
+    _require_sequence("forget_input", forget_input)
     batch, length, size = forget_input.shape
-    expected = {
-        "update_input": (update_input, (batch, length, size)),
+    _require_tensor("update_input", update_input, forget_input, (batch, length, size))
+    for name, parameter in _named(parameters).items():
+        _require_tensor(name, parameter, forget_input, (size,))
+    optional = {
         "elastance_input": (elastance_input, (batch, length, size)),
         "initial_state": (initial_state, (batch, size)),
         "time_step": (time_step, (batch, length)),
         "reset": (reset, (batch, length)),
-        **{f"parameters.{name}": (value, (size,)) for name, value in parameters._asdict().items()},
     }
-    for name, (tensor, shape) in expected.items():
+    for name, (tensor, shape) in optional.items():
         if tensor is not None:
-            _require_shape(name, tensor, shape)
+            _require_tensor(name, tensor, forget_input, shape)
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"`reset` must be bool, got {reset.dtype}; pass `reset.bool()`.")
+    if time_step is not None and time_step.is_complex():
+        raise ValueError(f"`time_step` must be real, got {time_step.dtype}; pass `time_step.real`.")
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"`tolerance` must be positive, got {tolerance}.")
+    if tolerance is not None and not (isinstance(tolerance, numbers.Real) and 0 < tolerance < math.inf):
+        raise ValueError(f"`tolerance` must be a positive finite number, got {tolerance!r}; None is a good one.")
 
     dtype = _working_dtype(forget_input, update_input, elastance_input, initial_state, *parameters)
+    forget_input, update_input = _operand(forget_input, dtype), _operand(update_input, dtype)
+    elastance_input, initial_state = _operand(elastance_input, dtype), _operand(initial_state, dtype)
+    time_step, reset = _operand(time_step, dtype), _operand(reset, torch.bool)
+    time_step = None if time_step is None else time_step.real
     if group is not None:
         _check_spread("return_info", return_info, dtype)
         if initial_state is None:
             initial_state = torch.zeros(batch, size, dtype=dtype, device=forget_input.device)
         inputs = {"forget_input": forget_input, "update_input": update_input, "elastance_input": elastance_input}
         inputs |= {"time_step": time_step, "reset": reset}
+        parameters = [_operand(parameter, dtype) for parameter in parameters]
 
         def scan(inputs: dict[str, Tensor], parameters: list[Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
             options = {"solver": solver, "backend": backend, "tolerance": tolerance}
@@ -658,53 +699,65 @@ def lrc_scan(
         accepted = _rounding(dtype) if tolerance is None else tolerance
         return scan_over_ranks(scan, group, inputs, parameters, initial_state.to(dtype), accepted)
     weights = torch.stack([parameter.to(dtype) for parameter in parameters if parameter is not None])
-    if initial_state is None:
-        initial_state = weights.new_zeros(batch, size)
-    initial_state = initial_state.to(dtype)
-    if dtype.is_complex:
-        forget_input, update_input = forget_input.to(dtype), update_input.to(dtype)
-        elastance_input = None if elastance_input is None else elastance_input.to(dtype)
+    initial_state = weights.new_zeros(batch, size) if initial_state is None else initial_state.to(dtype)
     operands = (forget_input, update_input, elastance_input, time_step, reset)
 
-    if backend == "cpu" and solver not in ("auto", "sequential"):
-        raise ValueError(f"backend 'cpu' solves sequentially: use solver 'auto', or backend 'torch' for {solver!r}.")
-    if backend == "auto":
-        backend = _fastest_backend(initial_state)
-        if backend == "cpu" and solver not in ("auto", "sequential"):
+    if solver not in ("auto", "sequential"):
+        if backend == "cpu":
+            raise ValueError(f"backend 'cpu' solves sequentially, not by {solver!r}: use solver or backend 'auto'.")
+        if backend == "auto" and weights.device.type == "cpu":
             backend = "torch"
-    elif backend != "torch":
-        kernels = _kernels(backend)
-        if kernels is None or not kernels.serves(initial_state):
-            package, tensors = {
-                "cpu": ("numba", "float32 tensors on the CPU"),
-                "triton": ("triton", "float32 or float64 tensors on a GPU (or TRITON_INTERPRET=1)"),
-            }[backend]
-            needs = tensors if kernels else package
-            raise ValueError(f"backend {backend!r} needs {needs}, got {dtype} on {weights.device}; use backend 'auto'.")
+    if backend not in ("auto", "torch"):
+        _require_kernels("lrc_scan", backend, weights)
 
     if length == 0:
         states, final_state = weights.new_empty(batch, 0, size), initial_state
         info = LrcScanInfo(solver, 0, 0.0, False)
+    elif _is_transformed():
+        states = _solve_sequential(_make_problem(*operands, weights), initial_state)
+        final_state, info = states[:, -1].clone(), LrcScanInfo("sequential", 1, 0.0, False)
     elif length == 1 and not return_info and not torch.is_grad_enabled():
         # Decoding: one plain step, which compilers can fuse with its neighbours.
         states = _make_problem(*operands, weights).advance(initial_state.unsqueeze(1))
         final_state = states[:, -1].clone()
     else:
-        if tolerance is None:
-            tolerance = _rounding(dtype)
-        states, final_state, numbers = _lrc_scan_op(*operands, initial_state, weights, solver, backend, tolerance)
+        tolerance = _rounding(dtype) if tolerance is None else float(tolerance)
+        states, final_state, log = _lrc_scan_op(*operands, initial_state, weights, solver, backend, tolerance)
         if return_info:
-            iterations, residual, fell_back, used = numbers.tolist()
+            iterations, residual, fell_back, used = log.tolist()
             info = LrcScanInfo(SOLVERS[int(used)], int(iterations), residual, bool(fell_back))
     return (states, final_state, info) if return_info else (states, final_state)
 
 
-# --- Arguments and backends -----------------------------------------------------------------------------------------
+# --- Arguments ------------------------------------------------------------------------------------------------------
 
 
-def _require_shape(name: str, tensor: Tensor, shape) -> None:
-    if tuple(tensor.shape) != tuple(shape):
+def _require_tensor(name: str, tensor: Tensor, like: Tensor | None = None, shape: tuple[int, ...] | None = None):
+    """Refuses what is no tensor of numbers, of this shape, where the first argument is."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    if shape is not None and tensor.shape != shape:
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+        raise ValueError(f"`{name}` is {tensor.dtype}, with which torch does not calculate; pass `{name}.float()`.")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"`{name}` is on {tensor.device}, but the others are on {like.device}: move it there.")
+
+
+def _require_sequence(name: str, tensor: Tensor) -> None:
+    _require_tensor(name, tensor)
+    if tensor.dim() != 3:
+        raise ValueError(f"`{name}` must be (batch, steps, state), got shape {tuple(tensor.shape)}.")
+
+
+def _named(parameters: LrcParameters) -> dict[str, Tensor]:
+    """The parameters that are there, by the name that messages give them; those of another copy of this file too."""
+    if getattr(parameters, "_fields", None) != LrcParameters._fields:
+        raise ValueError(f"`parameters` must be `LrcParameters`, got {type(parameters).__name__}.")
+    named = {f"parameters.{name}": parameter for name, parameter in zip(LrcParameters._fields, parameters)}
+    if parameters.elastance_shift is None:
+        named.popitem()
+    return named
 
 
 def _check_spread(name: str, is_asked: bool, dtype: torch.dtype) -> None:
@@ -713,6 +766,8 @@ def _check_spread(name: str, is_asked: bool, dtype: torch.dtype) -> None:
         raise ValueError(f"`{name}` does not go with a `group`; leave it out.")
     if dtype.is_complex:
         raise ValueError(f"A `group` is for real numbers, got {dtype}.")
+    if _is_transformed():
+        raise ValueError("Forward mode and the transforms of `torch.func` do not go with a `group`; leave it out.")
 
 
 def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -723,63 +778,122 @@ def _working_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autograd can keep and kernels can read: floating-point numbers, or complex ones if all have to be."""
+    if tensor is None:
+        return None
+    if dtype.is_complex or not tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    # Compilers cannot ask, and say themselves what is wrong.
+    is_refused = torch.is_grad_enabled() and not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if is_refused else tensor
+
+
 def _rounding(dtype: torch.dtype) -> float:
     """The relative error that is accepted by default."""
     return 16 * torch.finfo(dtype).eps
 
 
-class Kernels(NamedTuple):
-    """A backend's implementation of the operators above, for the tensors that it serves.
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
-    With `scans_complex`, `prefix_scan` is also for complex tensors whose real parts it serves.
-    """
+
+def _is_transformed() -> bool:
+    """Whether this is forward mode or inside a transform of `torch.func`, which have no derivatives of operators."""
+    return _in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+# --- Backends -------------------------------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """A backend's implementation of the operators above, for those of them and the tensors that it serves."""
 
     lrc_scan: Callable
     lrc_scan_backward: Callable
     prefix_scan: Callable
-    serves: Callable[[Tensor], bool]
-    scans_complex: bool = False
+    serves: Callable[[str, Tensor], bool]
 
 
-# What was imported, by backend. Not functools.cache: torch.compile would warn of it.
-_loaded: dict[str, Kernels | None] = {}
+_BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+# What was imported, by backend, or why it cannot be used. Not functools.cache: torch.compile would warn of it.
+_loaded: dict[str, Kernels | str] = {}
+_giving_up = threading.Lock()
 
 
-def _kernels(backend: str) -> Kernels | None:
-    """The kernels of `cpu` or `triton`, or None where their package is missing; says so once."""
+def _kernels(backend: str) -> Kernels | str:
+    """The kernels of `cpu` or `triton`, or why there are none."""
     if backend not in _loaded:
-        _loaded[backend] = _load_kernels(backend)
+        try:
+            if backend == "cpu":
+                from .recurrence_cpu import KERNELS
+            else:
+                from .recurrence_triton import KERNELS
+            _loaded[backend] = KERNELS
+        except Exception as error:  # A package that does not fit its surroundings can raise anything.
+            _give_up(backend, error)
     return _loaded[backend]
+
+
+def _give_up(backend: str, error: Exception) -> None:
+    """Does without the backend's kernels from now on, and says so once."""
+    with _giving_up:
+        if isinstance(_loaded.get(backend), str):
+            return
+        _loaded[backend] = f"{type(error).__name__}: {error}"
+    device = "CPU" if backend == "cpu" else "GPU"
+    logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {_loaded[backend]}")
 
 
 def load_cpu_kernels() -> None:
     """Imports them where their package is there."""
     try:
         is_there = importlib.util.find_spec("numba") is not None
-    except ImportError:  # An importer may say so itself.
+    except Exception:  # An importer may say so itself, and a package half imported has no spec.
         is_there = False
     if is_there:
         _kernels("cpu")
 
 
-def _load_kernels(backend: str) -> Kernels | None:
-    try:
-        if backend == "cpu":
-            from .recurrence_cpu import KERNELS
-        else:
-            from .recurrence_triton import KERNELS
-    except ImportError as error:
-        # Without a name: numba's word for a NumPy that it does not know.
-        if error.name not in (None, "numba", "triton"):
-            raise
-        device = "CPU" if backend == "cpu" else "GPU"
-        logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {error}")
+def _require_kernels(operator: str, backend: str, tensor: Tensor) -> Kernels:
+    """The kernels of a backend, or a ValueError where there are none for such tensors."""
+    kernels = _kernels(backend)
+    if isinstance(kernels, str):
+        raise ValueError(f"backend {backend!r} cannot be used, try 'auto': {kernels}")
+    if not kernels.serves(operator, tensor):
+        needs = {
+            "cpu": "float32 tensors on the CPU",
+            "triton": "float32 or float64 tensors on a GPU (or TRITON_INTERPRET=1)",
+        }[backend]
+        raise ValueError(
+            f"backend {backend!r} needs {needs}, got {tensor.dtype} on {tensor.device}; use backend 'auto'."
+        )
+    return kernels
+
+
+def _by_kernels(operator: str, backend: str, tensor: Tensor, *arguments):
+    """What the operator's kernel returns for the arguments, tensors like `tensor`; None where PyTorch has to do it.
+
+    Kernels write nothing but what they return, so that PyTorch can begin anew after any of their failures.
+    """
+    is_choice = backend == "auto"
+    if is_choice:
+        backend = _BACKEND_OF_DEVICE.get(tensor.device.type, "torch")
+    if backend == "torch":
         return None
-    return KERNELS
-
-
-def _fastest_backend(tensor: Tensor) -> str:
-    """The backend that `auto` means for tensors like this one."""
-    backend = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(tensor.device.type)
-    kernels = _kernels(backend) if backend else None
-    return backend if kernels and kernels.serves(tensor) else "torch"
+    try:
+        kernels = _require_kernels(operator, backend, tensor)
+    except ValueError:
+        if is_choice:
+            return None
+        raise
+    try:
+        return getattr(kernels, operator)(*arguments)
+    except (MemoryError, torch.OutOfMemoryError):  # PyTorch needs more still.
+        raise
+    except Exception as error:
+        if not is_choice:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"backend {backend!r} has failed, try 'auto': {reason}") from error
+        _give_up(backend, error)
+        return None

@@ -7,15 +7,19 @@ batch and channel blocks. Threads come from Python's own pool (the kernels relea
 so nothing spins beside torch's threads between calls. Machine code is cached on disk after the first call.
 `prefix_scan` is compiled for complex64 too.
 
-Importing this module needs numba; `recurrence.py` falls back to PyTorch without it.
+A kernel writes everything it returns from the start, so that one that has failed can simply be run again: compiled in
+memory where the cache is broken, or in the calling thread where there are no others to be had. Importing this module
+needs numba; `recurrence.py` does without it, and without kernels that do not compile.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -26,25 +30,60 @@ from .recurrence import SOLVERS, Kernels, LrcParameters
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
     from llvmlite import ir
-    from numba import njit, types
+    from numba import config, njit, types
     from numba.core import cgutils
+    from numba.core.errors import TypingError
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
 
+
+if config.DISABLE_JIT:
+    raise RuntimeError("NUMBA_DISABLE_JIT is set, so that numba compiles nothing.")
+
+logger = logging.getLogger(__name__)
 
 # Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo the rounding in `_exp`, and
 # never the assumption that nothing is NaN: a NaN input has to be seen in the output.
 _FAST = {"contract", "arcp", "nsz"}
 _inline = functools.partial(njit, inline="always", fastmath=_FAST, error_model="numpy")
 
+_NOT_CACHED = "The compiled recurrence cannot be kept on disk, and is compiled anew in every process."
+_warned: set[str] = set()
+_warning = threading.Lock()
+
+
+def _warn_once(consequence: str, cause: Exception) -> None:
+    with _warning:
+        is_new = consequence not in _warned
+        _warned.add(consequence)
+    if is_new:
+        logger.warning(f"{consequence} {type(cause).__name__}: {cause}")
+
 
 def _kernel(function):
+    """The function compiled at its first call, from the cache on disk or into it; where that fails, in memory."""
     compile_options = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    in_memory = njit(**compile_options)(function)
     try:
-        return njit(cache=True, **compile_options)(function)
-    except RuntimeError:  # There is no folder that a cache could be written to.
-        return njit(**compile_options)(function)
+        compiled = njit(cache=True, **compile_options)(function)
+    except Exception as error:  # There is no folder that a cache could be written to.
+        _warn_once(_NOT_CACHED, error)
+        return in_memory
+
+    def kernel(*arguments):
+        nonlocal compiled
+        called = compiled
+        try:
+            return called(*arguments)
+        except Exception as error:  # Reading a cache unpickles it, which can raise anything.
+            if called is in_memory:
+                raise
+            _warn_once(f"{_NOT_CACHED} Deleting {called.stats.cache_path} may help.", error)
+            compiled = in_memory
+        return in_memory(*arguments)
+
+    return kernel
 
 
 # Channels per vector: blocks are cut at multiples of it.
@@ -73,6 +112,8 @@ def _float_from_bits(typingctx, bits):
 @intrinsic
 def _widen(typingctx, value):
     """A float32, or the bits of a bfloat16 in an int16, as a float32."""
+    if value not in (types.float32, types.int16):
+        raise TypingError(f"An operand is of {value}.")
 
     def codegen(context, builder, signature, args):
         if signature.args[0] == types.float32:
@@ -291,6 +332,7 @@ def _lrc_backward(
         b, first, count, padded = _block(item, blocks, width, size)
         for k in range(len(w)):
             _load(s, k * _WIDTH, w[k], first, count)
+            grad_w[b, k, first : first + count] = 0
         s[_ADJOINT : _ADJOINT + _WIDTH] = 0
         for t in range(steps - 1, -1, -1):
             is_reset = fresh[b * fresh_b + t * fresh_t]
@@ -426,9 +468,17 @@ def _run(kernel, arguments: tuple, batch: int, steps: int, size: int, blocks: in
     if min(threads, items) == 1 or batch * steps * size < _PARALLEL_ELEMENTS:
         return kernel(*arguments, blocks, width, 0, items)
     bounds = sorted({items * i // threads for i in range(threads + 1)})
-    futures = [_pool(threads).submit(kernel, *arguments, blocks, width, *pair) for pair in zip(bounds, bounds[1:])]
-    for future in futures:
-        future.result()
+    pool = _pool(threads)
+    try:
+        for part in [pool.submit(kernel, *arguments, blocks, width, *pair) for pair in zip(bounds, bounds[1:])]:
+            part.result()
+    except (RuntimeError, CancelledError) as error:
+        # No more threads can be started, or none at all because the interpreter is ending. What was begun has to end
+        # before it is done again.
+        pool.shutdown(cancel_futures=True)
+        _pool.cache_clear()
+        _warn_once("The compiled recurrence runs in the calling thread alone.", error)
+        kernel(*arguments, blocks, width, 0, items)
 
 
 def _partition(batch: int, size: int) -> tuple[int, int]:
@@ -463,8 +513,9 @@ def _operands(forget_input, update_input, elastance_input, time_step, reset, ini
     )
 
 
-def serves_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+def serves_cpu(operator: str, tensor: Tensor) -> bool:
+    dtypes = (torch.float32, torch.complex64) if operator == "prefix_scan" else (torch.float32,)
+    return tensor.device.type == "cpu" and tensor.dtype in dtypes
 
 
 def lrc_scan_cpu(
@@ -493,7 +544,7 @@ def lrc_scan_backward_cpu(
     grad_elastance = _empty(batch, 1 if elastance_input is None else steps, size)
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = initial_state.new_empty(batch, size)
-    grad_weights = weights.new_zeros(batch, *weights.shape, dtype=torch.float64)
+    grad_weights = weights.new_empty(batch, *weights.shape, dtype=torch.float64)
     results = (
         grad_forget.numpy(),
         grad_update.numpy(),
@@ -533,4 +584,4 @@ def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, revers
     return torch.view_as_complex(states.unflatten(2, (size, 2))) if pairs else states
 
 
-KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu, scans_complex=True)
+KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)

@@ -585,7 +585,7 @@ def _options(tensor: Tensor, size: int, **options) -> dict:
     return {"BLOCK": block, "DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True, **options}
 
 
-def serves_triton(tensor: Tensor) -> bool:
+def serves_triton(operator: str, tensor: Tensor) -> bool:
     on_gpu = tensor.device.type in ("cuda", "xpu") or triton.knobs.runtime.interpret
     return on_gpu and tensor.dtype in (torch.float32, torch.float64)
 

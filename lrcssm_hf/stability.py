@@ -40,7 +40,10 @@ def _state_gain(parameters: LrcParameters) -> Tensor:
 
 def jacobian_bound(parameters: LrcParameters, largest_state: float | Tensor) -> Tensor:
     """A bound (D,) of |dx_t/dx_{t-1}| for all inputs, time steps in [0, 1] and states of at most `largest_state`, which
-    only matters to neurons whose elastance depends on the state."""
+    only matters to neurons whose elastance depends on the state: a number or a tensor that broadcasts to (D,), not
+    negative, else a ValueError."""
+    if not (torch.as_tensor(largest_state) >= 0).all():
+        raise ValueError(f"`largest_state` must be an absolute value, not negative nor NaN, got {largest_state}.")
     p = parameters
     update = (p.leak_potential * p.update_weight * p.activation_scale).abs() / 4
     k = (p.forget_weight.abs() * _state_gain(p)).clamp(min=1)
@@ -57,8 +60,11 @@ def confine(parameters: LrcParameters, bound: float) -> LrcParameters:
 
     The elastance is made independent of the state, the forget gate keeps k <= 1, and the update r <= bound - 1: with a
     bound of 1 all Jacobians are in [0, 1], and no gradient grows on its way back, however far. A weight w that may be
-    as large as l is l tanh(w / l): one that is small is as it was, and one that is large still learns.
+    as large as l is l tanh(w / l): one that is small is as it was, and one that is large still learns. An elastance
+    shift has to be positive, and is left to the caller. A bound below 1 is a ValueError.
     """
+    if not bound >= 1:
+        raise ValueError(f"`bound` must be at least 1, got {bound}.")
     # In half precision the limits would be rounded, and a product of many Jacobians grow.
     p = LrcParameters(*(None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in parameters))
     forget = 1 / _state_gain(p)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import several_ranks
 from lrcssm_hf import (
@@ -14,6 +15,7 @@ from lrcssm_hf import (
     prefix_scan,
 )
 from lrcssm_hf.context_parallel import _match
+from processes import join
 from tiny_models import make_model, random_ids
 
 
@@ -38,6 +40,40 @@ def test_scans_refuse_what_does_not_go_with_a_group():
         lrc_scan(torch.randn(1, 3, 5), torch.randn(1, 3, 5), parameters, return_info=True, group=object())
     with pytest.raises(ValueError, match="reverse"):
         prefix_scan(torch.randn(1, 3, 5), torch.randn(1, 3, 5), reverse=True, group=object())
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    threads = torch.get_num_threads()
+    join(0, 1, tmp_path)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def test_what_was_made_under_inference_mode_can_be_learned_with(group_of_one):
+    with torch.inference_mode():
+        update_input, initial_state = torch.randn(2, 7, 5), torch.randn(2, 5)
+        parameters = LrcParameters(*torch.randn(8, 5))
+    forget_input = torch.randn(2, 7, 5, requires_grad=True)
+    results = []
+    for group in (group_of_one, None):
+        options = {"initial_state": initial_state, "group": group}
+        states, _ = lrc_scan(forget_input, update_input, parameters, **options)
+        states = prefix_scan(states, update_input, **options)
+        results.append([states, *torch.autograd.grad(states.sum(), forget_input)])
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*results))
+
+
+def test_forward_mode_over_a_group_is_refused(group_of_one):
+    parameters, inputs = LrcParameters(*torch.randn(8, 5)), torch.randn(1, 3, 5)
+    scans = (
+        lambda x: lrc_scan(x, inputs, parameters, group=group_of_one)[0],
+        lambda x: prefix_scan(x, inputs, group=group_of_one),
+    )
+    for scan in scans:
+        with pytest.raises(ValueError, match="Forward mode.*group"):
+            torch.func.jvp(scan, (inputs,), (inputs,))
 
 
 @pytest.mark.parametrize(

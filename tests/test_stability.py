@@ -76,6 +76,16 @@ def test_confined_weights_keep_to_the_bound(bound):
         assert torch.allclose(getattr(confine(small, 1.25), name), getattr(small, name), rtol=1e-4)
 
 
+def test_bounds_that_nothing_keeps_to_are_refused():
+    parameters, _, _ = random_problem(0)
+    for largest_state in (-1.0, float("nan"), torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match="largest_state"):
+            jacobian_bound(parameters, largest_state)
+    for bound in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="bound.*at least 1"):
+            confine(parameters, bound)
+
+
 @pytest.mark.parametrize(
     "changes", [{"jacobian_bound": 1}, {"state_dependence": "input", "block_type": "gated"}], ids=str
 )

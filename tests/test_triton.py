@@ -189,7 +189,7 @@ def test_backend_refuses_what_it_does_not_serve():
 
 @pytest.fixture
 def scan_by_triton(monkeypatch):
-    monkeypatch.setattr(recurrence, "_fastest_backend", lambda tensor: "triton")
+    monkeypatch.setitem(recurrence._BACKEND_OF_DEVICE, DEVICE, "triton")
 
 
 def scan_definition(decay, inputs, initial_state, reverse):
