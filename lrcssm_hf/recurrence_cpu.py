@@ -30,7 +30,7 @@ from .recurrence import SOLVERS, Kernels, LrcParameters
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
     from llvmlite import ir
-    from numba import config, njit, types
+    from numba import config, njit, types, version_info
     from numba.core import cgutils
     from numba.core.errors import TypingError
     from numba.extending import intrinsic
@@ -38,6 +38,9 @@ except ImportError as error:
     raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
 
 
+if version_info.short < (0, 62):
+    # LLVM before version 20 does not know how to compile `llvm.minimum`, and ends the process.
+    raise ImportError(f"The CPU kernels need numba 0.62 or newer, got {'.'.join(map(str, version_info.short))}.")
 if config.DISABLE_JIT:
     raise RuntimeError("NUMBA_DISABLE_JIT is set, so that numba compiles nothing.")
 
