@@ -144,12 +144,12 @@ def test_pieces_are_tokenized_as_the_whole(name, monkeypatch):
     digits = "".join(str(i * i) for i in range(1500))
     odd = " \n\n\t  <|endoftext|> naïve — 図書館で本を読む。 'sand  \r\n" * 60
     for text in (source, odd, digits + source, "-" * 3000 + "a" * 3001, "図書館で本を読む。" * 300, "short"):
-        parts = list(tokenize([text_files.in_pieces(text), iter(["next"])], tokenizer))
+        parts = list(tokenize([text_files.in_pieces(text), ["next"], []], tokenizer))
         ends = [tokenizer.eos_token_id]
-        whole = [tokenizer(each, add_special_tokens=False).input_ids + ends for each in (text, "next")]
-        assert np.concatenate([ids for ids, _ in parts]).tolist() == [*whole[0], *whole[1]]
+        whole = [tokenizer(each, add_special_tokens=False).input_ids + ends for each in (text, "next", "")]
+        assert np.concatenate([ids for ids, _ in parts]).tolist() == [*whole[0], *whole[1], *whole[2]]
         starts = np.cumsum([0, *(len(ids) for ids, _ in parts)])[:-1]
-        assert [start for start, (_, begins) in zip(starts, parts) if begins] == [0, len(whole[0])]
+        assert [start for start, (_, begins) in zip(starts, parts) if begins] == [0, *np.cumsum(list(map(len, whole)))[:-1]]
         assert not takes_pieces or text != source or len(parts) > 9
 
 

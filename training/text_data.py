@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from text_files import Rows, Texts, find_column, in_pieces, is_text, read_file
+from text_files import Rows, Texts, find_cause, find_column, in_pieces, is_text, name_errors, read_file
 from text_stream import TextStream
 from token_blocks import TokenBlocks, Tokens, describe_tokenizer, load_tokens
 
@@ -148,8 +148,9 @@ def stream_text(args: argparse.Namespace) -> tuple[IterableDataset, Texts, bytes
     train = data["train"]
     if "validation" not in data:
         data["validation"], train = train.take(STREAM_HELD_OUT), train.skip(STREAM_HELD_OUT)
-    held_out = [row["text"] for row in data["validation"].take(STREAM_HELD_OUT)]
-    if not held_out or next(iter(train), None) is None:
+    held_out = name_errors("The held-out stream", data["validation"].take(STREAM_HELD_OUT))
+    held_out = [row["text"] for row in held_out]
+    if not held_out or next(name_errors("The stream", train), None) is None:
         raise ValueError(f"The data is too short to stream: {len(held_out)} texts are held out; leave out --streaming.")
     return train, _in_memory(held_out), digest
 
@@ -174,17 +175,10 @@ def _load_dataset(args: argparse.Namespace, streaming: bool = False) -> dict[str
     try:
         data = load_dataset(args.dataset_name, args.dataset_config_name, streaming=streaming)
     except Exception as error:
-        raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {_cause(error)}") from error
+        raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {find_cause(error)}") from error
     if "train" not in data:
         raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
     return {split: data[split] for split in ("train", "validation") if split in data}
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised first: libraries wrap it into errors that do not tell."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _dataset_rows(args: argparse.Namespace, split: str, data: Dataset) -> Rows:
@@ -196,7 +190,7 @@ def _dataset_rows(args: argparse.Namespace, split: str, data: Dataset) -> Rows:
 
 def _dataset_stream(args: argparse.Namespace, split: str, data: IterableDataset) -> IterableDataset:
     source = f"--dataset_name {args.dataset_name!r}, split {split!r}"
-    column = find_column(source, iter(data))
+    column = find_column(source, name_errors(source, data))
     data = data.select_columns(column)
     data = data if column == "text" else data.rename_column(column, "text")
     return data.filter(

@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -140,6 +140,21 @@ def is_text(value: object, column: str, place: str) -> bool:
         half = ascii(value[error.start])
         raise ValueError(f"{place}: the column {column!r} holds {half}, half of a surrogate pair.") from None
     return bool(value.strip())
+
+
+def name_errors(source: str, rows: Iterable) -> Iterator:
+    """The rows of a library, whose errors there are of many kinds: a `ValueError` with the source and the cause."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read: {find_cause(error)}") from error
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """What was raised first: libraries wrap it into errors that do not tell."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _say(message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from text_files import in_pieces
+from text_files import in_pieces, name_errors
 from token_blocks import document_positions, tokenize
 
 
@@ -62,17 +62,17 @@ class TextStream(IterableDataset):
         self.texts.set_epoch(place["epoch"])
         if place["texts"] is not None:
             self.texts.load_state_dict(place["texts"])
-        texts = iter(self.texts)
+        texts = name_errors("The stream", self.texts)
         while True:
             self._windows.append(place)
             epoch, window, blocks = place["epoch"], place["window"], place["blocks"]
-            rows = self._read(texts)
+            rows = [row["text"] for row in itertools.islice(texts, self.WINDOW)]
             if not rows:
                 if window == 0:
                     raise ValueError("The stream holds no text.")
                 place = place | {"texts": None, "epoch": epoch + 1, "window": 0}
                 self.texts.set_epoch(epoch + 1)
-                texts = iter(self.texts)
+                texts = name_errors("The stream", self.texts)
                 continue
             state = self.texts.state_dict()
             random.Random(f"{self.seed} {epoch} {window}").shuffle(rows)
@@ -90,10 +90,3 @@ class TextStream(IterableDataset):
                     starts = [start - self.block_size for start in starts if start >= self.block_size]
             place = {"texts": state, "epoch": epoch, "window": window + 1, "blocks": blocks}
             place |= {"rest": ids.tolist(), "starts": starts}
-
-    def _read(self, texts: Iterator[dict[str, str]]) -> list[str]:
-        """The next window; what libraries raise there is of many kinds."""
-        try:
-            return [row["text"] for row in itertools.islice(texts, self.WINDOW)]
-        except Exception as error:
-            raise ValueError(f"The stream of texts cannot be read on: {error}") from error

@@ -130,8 +130,8 @@ def tokenize(texts: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase)
         beginning = list(itertools.islice(pieces, 2))
         is_long = len(beginning) > 1
         if not is_long:
-            short += beginning
-            size += len(beginning[0])
+            short.append("".join(beginning))
+            size += len(short[-1])
             if size < PIECE:
                 continue
         yield from encode_short(short)
