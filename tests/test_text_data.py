@@ -149,7 +149,10 @@ def test_pieces_are_tokenized_as_the_whole(name, monkeypatch):
         whole = [tokenizer(each, add_special_tokens=False).input_ids + ends for each in (text, "next", "")]
         assert np.concatenate([ids for ids, _ in parts]).tolist() == [*whole[0], *whole[1], *whole[2]]
         starts = np.cumsum([0, *(len(ids) for ids, _ in parts)])[:-1]
-        assert [start for start, (_, begins) in zip(starts, parts) if begins] == [0, *np.cumsum(list(map(len, whole)))[:-1]]
+        assert [start for start, (_, begins) in zip(starts, parts) if begins] == [
+            0,
+            *np.cumsum(list(map(len, whole)))[:-1],
+        ]
         assert not takes_pieces or text != source or len(parts) > 9
 
 
@@ -242,6 +245,7 @@ REFUSED = {
     ),
     "a list": ("a.jsonl", rows_of({"text": ["a"]}), r"line 1: the column 'text' holds list \(\['a'\]\), not text"),
     "half a pair": ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: the column 'text' holds '\\ud800', half of a"),
+    "no rows": ("a.csv", b"id,content\n", "holds no text"),
     "no text": ("a.jsonl", rows_of({"text": None}, {"text": " "}, {}), "holds no text"),
     "no column": (
         "a.jsonl",
@@ -346,12 +350,16 @@ def test_texts_are_tokenized_once(tmp_path, cache, monkeypatch):
     assert not list(cache.rglob("partial-*"))
 
 
-@pytest.fixture
-def make_stream(tmp_path, monkeypatch):
+@pytest.fixture(params=["file", "dataset"])
+def make_stream(request, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
     rows = [{"text": f"text {i} " * 5, "other": i} for i in range(50)]
-    (tmp_path / "texts.jsonl").write_bytes(rows_of(*rows[:25], {"text": None}, {"text": " \n"}, *rows[25:]))
-    held_out = write_rows(tmp_path / "held_out.jsonl", ["held out " * 20])
-    arguments = parse("--train_file", tmp_path / "texts.jsonl", "--validation_file", held_out, "--streaming")
+    blank = [{"text": None, "other": 0}, {"text": " \n", "other": 0}]
+    (folder / "train.jsonl").write_bytes(rows_of(*rows[:25], *blank, *rows[25:]))
+    (folder / "validation.jsonl").write_bytes(rows_of({"text": "held out " * 20, "other": 0}))
+    files = ["--train_file", folder / "train.jsonl", "--validation_file", folder / "validation.jsonl"]
+    arguments = parse(*(files if request.param == "file" else ["--dataset_name", folder]), "--streaming")
     monkeypatch.setattr(TextStream, "WINDOW", 7)
     return lambda seed=3: load_blocks(arguments, load_tokenizer(None), seed).train
 
@@ -423,3 +431,23 @@ def test_datasets_are_read_as_files_are(tmp_path, capsys):
     for streaming in ([], ["--streaming"]):
         with pytest.raises(ValueError, match="has no column 'text', and no other holds text: 'id' holds int"):
             load_blocks(parse("--dataset_name", folder, *streaming), load_tokenizer(None))
+
+
+@pytest.mark.parametrize(
+    ("bad", "messages"),
+    [
+        (b'{"text": 7}', ["row 3: the column 'text' holds int \\(7\\), not text", "row 3"]),
+        (b'{"text": "caf\xe9"}', ["split 'train' cannot be read, after 2 rows: .*'utf-8'", "cannot be read"]),
+        (b'{"text": "a', ["could not be loaded: .*JSON", "cannot be read.*JSON"]),
+    ],
+    ids=["a number", "latin-1", "broken"],
+)
+def test_what_cannot_be_read_of_a_dataset_is_named(bad, messages, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder / "validation.jsonl", ["text " * 20])
+    rows = write_rows(folder / "train.jsonl", ["text " * 20] * 2)
+    rows.write_bytes(rows.read_bytes() + bad + b"\n")
+    for streaming, message in zip(([], ["--streaming"]), messages):
+        with pytest.raises(ValueError, match=message):
+            list(load_blocks(parse("--dataset_name", folder, *streaming), load_tokenizer(None)).train)

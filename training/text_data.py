@@ -182,10 +182,13 @@ def _load_dataset(args: argparse.Namespace, streaming: bool = False) -> dict[str
 
 
 def _dataset_rows(args: argparse.Namespace, split: str, data: Dataset) -> Rows:
-    def rows(columns):
-        return ((f"row {n}", row) for n, row in enumerate(data.select_columns(columns or data.column_names), 1))
+    source = f"--dataset_name {args.dataset_name!r}, split {split!r}"
 
-    return Rows(f"--dataset_name {args.dataset_name!r}, split {split!r}", rows)
+    def rows(columns):
+        chosen = name_errors(source, data.select_columns(columns or data.column_names))
+        return ((f"row {number}", row) for number, row in enumerate(chosen, 1))
+
+    return Rows(source, rows)
 
 
 def _dataset_stream(args: argparse.Namespace, split: str, data: IterableDataset) -> IterableDataset:

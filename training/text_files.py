@@ -109,6 +109,8 @@ def find_column(source: str, rows: Iterator[dict]) -> str:
     for row in itertools.islice(rows, _SAMPLE):
         for name, value in row.items():
             kinds.setdefault(name, set()).update([] if value is None else [_kind(value)])
+    if not kinds:
+        raise ValueError(f"{source} holds no text.")
     if "text" in kinds:
         return "text"
     columns = [name for name, kind in kinds.items() if "str" in kind <= {"str", _NUMERAL}]
@@ -143,11 +145,14 @@ def is_text(value: object, column: str, place: str) -> bool:
 
 
 def name_errors(source: str, rows: Iterable) -> Iterator:
-    """The rows of a library, whose errors there are of many kinds: a `ValueError` with the source and the cause."""
+    """The rows of a library, whose errors there are of many kinds: a `ValueError` with source, place and cause."""
+    count = 0
     try:
-        yield from rows
+        for row in rows:
+            yield row
+            count += 1
     except Exception as error:
-        raise ValueError(f"{source} cannot be read: {find_cause(error)}") from error
+        raise ValueError(f"{source} cannot be read, after {count} rows: {find_cause(error)}") from error
 
 
 def find_cause(error: BaseException) -> BaseException:
