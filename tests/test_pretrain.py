@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lrcssm_hf  # noqa: F401  registers the model
 import pretrain
@@ -211,6 +212,24 @@ def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
+def test_a_tokenizer_whose_ids_have_gaps(text_file, tmp_path):
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"?": 26, " ": 27, "1": 40, "2": 41}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    arguments = [
+        *SMALL,
+        "--train_file",
+        text_file,
+        "--max_train_steps",
+        "2",
+        "--tokenizer_name",
+        tmp_path / "tokenizer",
+    ]
+    pretrain.main([*map(str, arguments), "--output_dir", str(tmp_path / "model")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == 42
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +250,7 @@ def test_other_data_other_tokenizer_and_a_model_to_continue(trained, tmp_path):
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
         (["--resume_from_checkpoint", "{missing}"], "is not a checkpoint that can be used"),
         (["--model_name_or_path", "{missing}", "--config_overrides", ""], "--model_name_or_path '/"),
-        (["--train_file", "{numbers}"], "'n' holds int64, not text"),
+        (["--train_file", "{numbers}"], "no column 'text', and no other holds text: 'n' holds"),
         (["--config_overrides", "hidden_size=wide"], "hidden_size"),
         (["--config_overrides", "hidden_act=foo"], "`hidden_act` must be one of"),
         (["--learning_rate", "-1"], "--learning_rate must be positive"),

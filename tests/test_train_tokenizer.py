@@ -32,7 +32,15 @@ def test_the_script_writes_what_auto_tokenizer_loads(tmp_path):
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     with pytest.raises(ValueError, match="`vocab_size` must be above the 256 bytes, got 256"):
-        train_tokenizer([TEXT], 256)
+        train_tokenizer([[TEXT]], 256)
+
+
+def test_a_long_text_is_learned_from_in_pieces_as_if_whole():
+    text = (Path(__file__).read_text() + "naïve  \n\n\t and — more" * 3) * 2
+    for size in (7, 100, 1000):
+        pieces = (text[start : start + size] for start in range(0, len(text), size))
+        learned = [train_tokenizer([each], 400).backend_tokenizer.to_str() for each in (pieces, [text])]
+        assert learned[0] == learned[1]
 
 
 def test_the_script_names_what_it_cannot_read(tmp_path):

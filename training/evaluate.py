@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lrcssm_hf  # noqa: F401  registers the model
 from context_pieces import ContextPieces, add_context_argument
-from text_data import add_data_arguments, document_positions, load_blocks
+from text_data import add_data_arguments, load_blocks
+from token_blocks import check_vocabulary
 
 
 def use_compiled_mamba(model, accelerator: Accelerator) -> None:
@@ -28,13 +29,13 @@ def use_compiled_mamba(model, accelerator: Accelerator) -> None:
         compile_mamba_for_cpu()
 
 
-def model_inputs(model: PreTrainedModel, ids: Tensor, end: int | None, pieces: ContextPieces) -> dict:
-    """Arguments for this process's piece of token ids (B, T), whose texts, ended by `end`, are kept apart if the model
-    can."""
-    part = pieces.piece(ids.shape[1])
-    inputs = {"input_ids": ids[:, part], "use_cache": False}
+def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor], pieces: ContextPieces) -> dict:
+    """Arguments for this process's piece of a batch of blocks, `input_ids` and `position_ids` (B, T), whose texts are
+    kept apart if the model can."""
+    part = pieces.piece(batch["input_ids"].shape[1])
+    inputs = {"input_ids": batch["input_ids"][:, part], "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = document_positions(ids, end)[:, part]
+        inputs["position_ids"] = batch["position_ids"][:, part]
     if pieces.group is not None:
         inputs["context_parallel_group"] = pieces.group
     return inputs
@@ -45,7 +46,6 @@ def nats_per_token(
     model: PreTrainedModel,
     blocks: DataLoader,
     accelerator: Accelerator,
-    end: int | None,
     pieces: ContextPieces,
     progress: bool = False,
 ) -> float:
@@ -58,7 +58,7 @@ def nats_per_token(
     with torch.random.fork_rng(devices=[]):
         for batch in bar:
             ids = batch["input_ids"]
-            logits = model(**model_inputs(accelerator.unwrap_model(model), ids, end, pieces)).logits.float()
+            logits = model(**model_inputs(accelerator.unwrap_model(model), batch, pieces)).logits.float()
             part = pieces.piece(ids.shape[1])
             following = ids[:, part.start + 1 : part.stop + 1]
             logits = logits[:, : following.shape[1]].transpose(1, 2)
@@ -79,6 +79,7 @@ def main() -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        check_vocabulary(tokenizer, model.config.vocab_size)
         blocks = load_blocks(args, tokenizer)
         accelerator = Accelerator()
         pieces = ContextPieces(accelerator, args.context_parallel_size)
@@ -88,7 +89,7 @@ def main() -> None:
     use_compiled_mamba(model, accelerator)
     loader = DataLoader(blocks.validation, batch_size=args.per_device_eval_batch_size)
     model, loader = accelerator.prepare(model), pieces.prepare(loader)
-    loss = nats_per_token(model, loader, accelerator, tokenizer.eos_token_id, pieces, progress=True)
+    loss = nats_per_token(model, loader, accelerator, pieces, progress=True)
     accelerator.print(json.dumps({"nats_per_token": loss, "nats_per_byte": loss * blocks.tokens_per_byte}))
 
 

@@ -37,7 +37,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -56,6 +56,7 @@ from context_pieces import ContextPieces, add_context_argument
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
+from token_blocks import check_vocabulary, vocabulary_size
 from whole_files import whole_files, write_whole
 
 
@@ -161,7 +162,7 @@ def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrained
     values = {**SMALL_MODEL} if model_type == "lrcssm" else {}
     values |= parse_overrides(model_type, overrides)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **tokens, **values})
+    return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary_size(tokenizer), **tokens, **values})
 
 
 def make_optimizer(
@@ -244,8 +245,7 @@ def prepare(args: argparse.Namespace, pieces: ContextPieces) -> Inputs:
         except (OSError, ValueError) as error:
             raise ValueError(f"--model_name_or_path {args.model_name_or_path!r}: {error}") from error
         tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
-        if model.config.vocab_size < len(tokenizer):
-            raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}.")
+        check_vocabulary(tokenizer, model.config.vocab_size)
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
         model = AutoModelForCausalLM.from_config(make_config(args.model_type, args.config_overrides, tokenizer))
@@ -278,7 +278,7 @@ class Training:
     ):
         self.args, self.accelerator, self.pieces, self.folder = args, accelerator, pieces, inputs.folder
         blocks, batch_size = inputs.blocks, args.per_device_train_batch_size
-        self.end, self.tokens_per_byte = inputs.tokenizer.eos_token_id, blocks.tokens_per_byte
+        self.tokens_per_byte = blocks.tokens_per_byte
         self.stream = blocks.train if args.streaming else None
         loader = DataLoader(
             blocks.train,
@@ -288,7 +288,7 @@ class Training:
             generator=torch.Generator().manual_seed(args.seed),
         )
         held_out = blocks.validation
-        curve = held_out.select(range(min(args.max_eval_samples, len(held_out))))
+        curve = Subset(held_out, range(min(args.max_eval_samples, len(held_out))))
         held_out_loader = DataLoader(held_out, batch_size=args.per_device_eval_batch_size)
         curve_loader = DataLoader(curve, batch_size=args.per_device_eval_batch_size)
         optimizer = make_optimizer(inputs.model, args.learning_rate, args.weight_decay)
@@ -419,8 +419,7 @@ class Training:
         args, accelerator = self.args, self.accelerator
         losses, in_a_row = [], 0
         for batch in self.read_batches():
-            ids = batch["input_ids"]
-            inputs = model_inputs(accelerator.unwrap_model(self.model), ids, self.end, self.pieces)
+            inputs = model_inputs(accelerator.unwrap_model(self.model), batch, self.pieces)
             with accelerator.accumulate(self.model):
                 loss = self.model(**inputs, labels=inputs["input_ids"]).loss
                 accelerator.backward(loss)
@@ -434,7 +433,7 @@ class Training:
                     self.skipped_steps += not is_finite
                 self.optimizer.zero_grad()
             losses.append(loss.detach().float())
-            self.tokens += ids.numel() * self.pieces.num_readers
+            self.tokens += batch["input_ids"].numel() * self.pieces.num_readers
             if accelerator.sync_gradients:
                 yield torch.stack(losses).mean()
                 losses.clear()
@@ -496,14 +495,14 @@ class Training:
         shown |= {name: getattr(self, name) for name in ("loss_spikes", "skipped_steps") if getattr(self, name)}
         bar.set_postfix(shown)
         if evaluate:
-            record["validation_loss"] = nats_per_token(self.model, self.curve, self.accelerator, self.end, self.pieces)
+            record["validation_loss"] = nats_per_token(self.model, self.curve, self.accelerator, self.pieces)
         self.accelerator.log(record, step=self.step)
         if self.metrics is not None:
             self.metrics.add(**record)
 
     def finish(self) -> float:
         """Measures the whole held-out text, writes the last record and the picture; returns nats per byte."""
-        loss = nats_per_token(self.model, self.held_out, self.accelerator, self.end, self.pieces, progress=True)
+        loss = nats_per_token(self.model, self.held_out, self.accelerator, self.pieces, progress=True)
         nats_per_byte = loss * self.tokens_per_byte
         if self.metrics is not None:
             self.metrics.add(

@@ -1,5 +1,5 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""Text for language modelling: where it comes from, and how it becomes blocks of tokens."""
+"""Text for language modelling: where it comes from, what of it is held out, and what tokenizes it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import functools
 import hashlib
 import itertools
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from text_files import Rows, Texts, find_cause, find_column, in_pieces, is_text, name_errors, read_file
 from text_stream import TextStream
+from token_blocks import TokenBlocks, Tokens, describe_tokenizer, load_tokens
 
 
 # `pydoc_data` is the language reference as one generated text, not source.
 _NOT_SOURCE = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
-_LOADERS = {".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json"}
-_LOADERS |= {".csv": "csv", ".parquet": "parquet"}
 END_OF_TEXT = "<|endoftext|>"
 STREAM_HELD_OUT = 1000
 
@@ -50,36 +50,42 @@ def add_data_arguments(parser) -> None:
 
 
 class Blocks(NamedTuple):
-    """Blocks of token ids, `{"input_ids": (block_size,)}`, and the held-out text's tokens per byte, by which nats per
-    token become nats per byte."""
+    """Blocks of tokens as `TokenBlocks` has them, the held-out text's tokens per byte, by which nats per token become
+    nats per byte, and a SHA-256 that is another for other training data: for other tokens, or of a stream, for another
+    file or dataset or another tokenizer."""
 
-    train: Dataset | TextStream
-    validation: Dataset
+    train: TokenBlocks | TextStream
+    validation: TokenBlocks
     tokens_per_byte: float
+    digest: str
 
 
 def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Blocks:
-    """What those flags ask for; a stream is in the order of the seed.
+    """What those flags ask for: texts, each ended by the tokenizer's end token, joined and cut into blocks. A stream is
+    in the order of the seed.
 
     Raises:
-        ValueError: what `load_text` and `make_blocks` raise it for.
+        ValueError: a split is shorter than one block, or what `load_text` and `stream_text` raise it for.
+        OSError: what `load_tokens` raises it for.
     """
-    if not args.streaming:
-        return make_blocks(load_text(args), tokenizer, args.block_size)
-    texts, held_out = stream_text(args)
-    held_out, tokens_per_byte = _cut(held_out, "validation", tokenizer, args.block_size)
-    stream = TextStream(texts, functools.partial(tokenize, tokenizer=tokenizer), args.block_size, seed)
-    return Blocks(stream, held_out, tokens_per_byte)
+    if args.streaming:
+        texts, held_out, digest = stream_text(args)
+        digest = hashlib.sha256(describe_tokenizer(tokenizer) + digest).hexdigest()
+        train = TextStream(texts, tokenizer, args.block_size, seed)
+    else:
+        texts = load_text(args)
+        tokens, held_out = load_tokens(texts["train"], tokenizer), texts["validation"]
+        train, digest = _cut("training", tokens, args.block_size), tokens.digest
+    tokens = load_tokens(held_out, tokenizer)
+    validation = _cut("validation", tokens, args.block_size)
+    return Blocks(train, validation, len(tokens.ids) / tokens.bytes, digest)
 
 
-def document_positions(ids: Tensor, end: int | None) -> Tensor:
-    """Where each token of a block (B, T) stands in its text: 0 after every `end`, and at the block's first. With these
-    as `position_ids`, a model remembers nothing of the text before."""
-    step = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    if end is None:
-        return step
-    starts = F.pad(ids[:, :-1] == end, (1, 0))
-    return step - torch.where(starts, step, 0).cummax(1).values
+def _cut(name: str, tokens: Tokens, block_size: int) -> TokenBlocks:
+    blocks = TokenBlocks(tokens.ids, tokens.starts, block_size)
+    if len(blocks) == 0:
+        raise ValueError(f"The {name} text is shorter than one block of {block_size} tokens; lower --block_size.")
+    return blocks
 
 
 def standard_library(validation_percentage: float) -> DatasetDict:
@@ -100,107 +106,149 @@ def standard_library(validation_percentage: float) -> DatasetDict:
     return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in splits.items()})
 
 
-def load_text(args: argparse.Namespace) -> DatasetDict:
-    """`train` and `validation` texts (column `text`), as the flags of `add_text_arguments` say: a Hub dataset, local
-    files, or else the standard library.
+def load_text(args: argparse.Namespace) -> dict[str, Texts]:
+    """`train` and `validation` texts, as the flags of `add_text_arguments` say: a Hub dataset, local files, or else the
+    standard library.
 
     Without a validation file or split, a share of the texts is held out; of a single text, its end.
 
     Raises:
-        ValueError: a file or dataset is missing, empty, or of a kind that cannot be read.
+        ValueError: a file or dataset is missing, empty, or of a kind that cannot be read; also when the texts are read.
     """
     if not 0 < args.validation_split_percentage < 100:
         raise ValueError(f"--validation_split_percentage must be in (0, 100), got {args.validation_split_percentage}.")
     if args.dataset_name is None and args.train_file is None:
         if args.validation_file is not None:
             raise ValueError("--validation_file needs --train_file.")
-        return standard_library(args.validation_split_percentage)
+        library = standard_library(args.validation_split_percentage)
+        return {split: _in_memory(library[split]["text"]) for split in library}
     if args.dataset_name is not None:
-        try:
-            data = load_dataset(args.dataset_name, args.dataset_config_name)
-        except Exception as error:
-            raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {error}") from error
-        if "train" not in data:
-            raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
+        texts = {split: _dataset_rows(args, split, rows) for split, rows in _load_dataset(args).items()}
     else:
-        data = DatasetDict({"train": _read_file("--train_file", args.train_file)})
+        texts = {"train": _read_file("--train_file", args.train_file)}
         if args.validation_file is not None:
-            data["validation"] = _read_file("--validation_file", args.validation_file)
-    data = DatasetDict({split: _text_column(data[split]) for split in data if split in ("train", "validation")})
-    if "validation" not in data:
-        data = _hold_out(data["train"], args.validation_split_percentage)
-    return data
+            texts["validation"] = _read_file("--validation_file", args.validation_file)
+    return texts if "validation" in texts else _hold_out(texts["train"], args.validation_split_percentage)
 
 
-def stream_text(args: argparse.Namespace) -> tuple[IterableDataset, Dataset]:
-    """As `load_text`, but the training texts are a stream; without a validation file or split its first texts are held
-    out."""
+def stream_text(args: argparse.Namespace) -> tuple[IterableDataset, Texts, bytes]:
+    """As `load_text`, but the training texts are a stream (column `text`); without a validation file or split its first
+    texts are held out. With a SHA-256 of what can be known of the stream before it is read: the file's content, or the
+    dataset's name and revision, or where it is a folder, the names and sizes of its files."""
     if args.dataset_name is None and args.train_file is None:
         raise ValueError("--streaming is for --dataset_name or --train_file; the standard library is small.")
     if args.dataset_name is not None:
-        try:
-            data = load_dataset(args.dataset_name, args.dataset_config_name, streaming=True)
-        except Exception as error:
-            raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {error}") from error
-        if "train" not in data:
-            raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
-        train, held_out = data["train"], data.get("validation")
+        data = {split: _dataset_stream(args, split, rows) for split, rows in _load_dataset(args, True).items()}
+        digest = _dataset_digest(args)
     else:
-        train, held_out = _read_file("--train_file", args.train_file, streaming=True), None
+        data = {"train": _stream_file("--train_file", args.train_file)}
         if args.validation_file is not None:
-            held_out = _read_file("--validation_file", args.validation_file, streaming=True)
-    train = _text_column(train)
-    if held_out is None:
-        held_out, train = train.take(STREAM_HELD_OUT), train.skip(STREAM_HELD_OUT)
-    texts = [row["text"] for row in _text_column(held_out).take(STREAM_HELD_OUT)]
-    if not texts or next(iter(train), None) is None:
-        raise ValueError(f"The data is too short to stream: it has {len(texts)} texts or less; leave out --streaming.")
-    return train, Dataset.from_dict({"text": texts})
+            data["validation"] = _stream_file("--validation_file", args.validation_file)
+        digest = _file_digest(Path(args.train_file))
+    train = data["train"]
+    if "validation" not in data:
+        data["validation"], train = train.take(STREAM_HELD_OUT), train.skip(STREAM_HELD_OUT)
+    held_out = name_errors("The held-out stream", data["validation"].take(STREAM_HELD_OUT))
+    held_out = [row["text"] for row in held_out]
+    if not held_out or next(name_errors("The stream", train), None) is None:
+        raise ValueError(f"The data is too short to stream: {len(held_out)} texts are held out; leave out --streaming.")
+    return train, _in_memory(held_out), digest
 
 
-def _read_file(flag: str, name: str, streaming: bool = False) -> Dataset | IterableDataset:
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"{flag} {name!r} does not exist.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{flag} {name!r} is empty.")
-    loader = _LOADERS.get(path.suffix.lower())
-    if loader is None:
-        raise ValueError(f"{flag} {name!r}: cannot read {path.suffix!r}, only {', '.join(_LOADERS)}.")
-    if loader == "text" and streaming:
+def _in_memory(strings: list[str]) -> Texts:
+    return Texts(lambda: map(in_pieces, strings))
+
+
+def _read_file(flag: str, name: str) -> Texts:
+    return read_file(f"{flag} {name!r}", Path(name))
+
+
+def _stream_file(flag: str, name: str) -> IterableDataset:
+    rows = _read_file(flag, name)
+    if not isinstance(rows, Rows):
         raise ValueError(f"{flag} {name!r} is one text; --streaming is for files of many, JSON, CSV or Parquet.")
-    options = {"sample_by": "document"} if loader == "text" else {}
+    return IterableDataset.from_generator(lambda: ({"text": text} for text in rows.strings()))
+
+
+def _load_dataset(args: argparse.Namespace, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """Its splits `train` and, where it has one, `validation`."""
     try:
-        return load_dataset(loader, data_files=str(path), split="train", streaming=streaming, **options)
+        data = load_dataset(args.dataset_name, args.dataset_config_name, streaming=streaming)
     except Exception as error:
-        raise ValueError(f"{flag} {name!r} could not be read: {error}") from error
+        raise ValueError(f"--dataset_name {args.dataset_name!r} could not be loaded: {find_cause(error)}") from error
+    if "train" not in data:
+        raise ValueError(f"--dataset_name {args.dataset_name!r} has no split 'train', only {', '.join(data)}.")
+    return {split: data[split] for split in ("train", "validation") if split in data}
 
 
-def _text_column(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    # A stream may not know its columns before it has read a row.
-    names = data.column_names or list(next(iter(data), {"text": ""}))
-    column = "text" if "text" in names else names[0]
-    if data.features is not None and data.features[column].dtype not in ("string", "large_string"):
-        raise ValueError(
-            f"The data has no column 'text', and {column!r} holds {data.features[column].dtype}, not text."
-        )
+def _dataset_rows(args: argparse.Namespace, split: str, data: Dataset) -> Rows:
+    source = f"--dataset_name {args.dataset_name!r}, split {split!r}"
+
+    def rows(columns):
+        chosen = name_errors(source, data.select_columns(columns or data.column_names))
+        return ((f"row {number}", row) for number, row in enumerate(chosen, 1))
+
+    return Rows(source, rows)
+
+
+def _dataset_stream(args: argparse.Namespace, split: str, data: IterableDataset) -> IterableDataset:
+    source = f"--dataset_name {args.dataset_name!r}, split {split!r}"
+    column = find_column(source, name_errors(source, data))
     data = data.select_columns(column)
     data = data if column == "text" else data.rename_column(column, "text")
-    data = data.filter(lambda text: bool(text and text.strip()), input_columns="text")
-    if isinstance(data, Dataset) and len(data) == 0:
-        raise ValueError("The data holds no text.")
-    return data
+    return data.filter(
+        lambda text, index: is_text(text, column, f"{source}: row {index + 1}"),
+        with_indices=True,
+        input_columns="text",
+    )
 
 
-def _hold_out(data: Dataset, percentage: float) -> DatasetDict:
-    if len(data) > 1:
-        held_out = min(max(1, round(len(data) * percentage / 100)), len(data) - 1)
-        split = data.train_test_split(test_size=held_out, seed=0)
-        return DatasetDict({"train": split["train"], "validation": split["test"]})
-    text = data[0]["text"]
-    cut = min(int(len(text) * (1 - percentage / 100)), len(text) - 1)
-    parts = {"train": text[:cut], "validation": text[cut:]}
-    return DatasetDict({split: Dataset.from_dict({"text": [part]}) for split, part in parts.items()})
+def _dataset_digest(args: argparse.Namespace) -> bytes:
+    folder = Path(args.dataset_name)
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        version = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+    else:
+        version = [args.dataset_name, HfApi().dataset_info(args.dataset_name).sha]
+    return hashlib.sha256(repr((version, args.dataset_config_name)).encode()).digest()
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.digest()
+
+
+def _hold_out(texts: Texts, percentage: float) -> dict[str, Texts]:
+    """A share of several texts, the same ones in every run; of one, its end."""
+    count = sum(1 for _ in texts)
+    if count > 1:
+        number = min(max(1, round(count * percentage / 100)), count - 1)
+        is_held_out = np.zeros(count, dtype=bool)
+        is_held_out[np.random.default_rng(0).permutation(count)[:number]] = True
+        splits = {"train": ~is_held_out, "validation": is_held_out}
+        return {split: Texts(functools.partial(itertools.compress, texts, chosen)) for split, chosen in splits.items()}
+    length = sum(len(piece) for pieces in texts for piece in pieces)
+    if length < 2:
+        raise ValueError("The data is one text of a single character, of which no end can be held out.")
+    cut = min(int(length * (1 - percentage / 100)), length - 1)
+    parts = {"train": (0, cut), "validation": (cut, length)}
+    return {split: Texts(functools.partial(_part, texts, *part)) for split, part in parts.items()}
+
+
+def _part(texts: Texts, start: int, stop: int) -> Iterator[Iterator[str]]:
+    """Of the only text, the characters from one to another."""
+
+    def part(pieces):
+        place = 0
+        for piece in pieces:
+            yield piece[max(start - place, 0) : max(stop - place, 0)]
+            place += len(piece)
+
+    for pieces in texts:
+        yield filter(None, part(pieces))
 
 
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
@@ -222,42 +270,3 @@ def byte_level(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
-
-
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of every text, ended by the tokenizer's end token."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Texts are longer than what attention models were trained on; that warning is not for this one.
-    return [ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
-
-
-def make_blocks(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Blocks:
-    """Texts, each ended by the tokenizer's end token, joined and cut into blocks; what is left over at the end is
-    dropped.
-
-    Raises:
-        ValueError: a split is shorter than one block.
-    """
-    train, _ = _cut(data["train"], "training", tokenizer, block_size)
-    return Blocks(train, *_cut(data["validation"], "validation", tokenizer, block_size))
-
-
-def _cut(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[Dataset, float]:
-    """Blocks of a split, and its tokens per byte."""
-
-    def tokens(texts):
-        ids = tokenize(texts, tokenizer)
-        return {"input_ids": ids, "tokens": list(map(len, ids)), "bytes": [len(text.encode()) for text in texts]}
-
-    def cut(documents):
-        ids = list(itertools.chain.from_iterable(documents))
-        return {"input_ids": [ids[i : i + block_size] for i in range(0, len(ids) - block_size + 1, block_size)]}
-
-    rows = data.map(tokens, batched=True, input_columns="text", remove_columns="text", desc="Tokenizing")
-    tokens_per_byte = sum(rows["tokens"]) / sum(rows["bytes"])
-    # Texts are joined in groups, of a whole split where it is small: only each group's remainder is lost.
-    options = {"batch_size": 10_000, "input_columns": "input_ids", "remove_columns": ["tokens", "bytes"]}
-    blocks = rows.map(cut, batched=True, desc="Cutting into blocks", **options)
-    if len(blocks) == 0:
-        raise ValueError(f"The {name} text is shorter than one block of {block_size} tokens; lower --block_size.")
-    return blocks.with_format("torch"), tokens_per_byte

@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from text_files import in_pieces, name_errors
+from token_blocks import document_positions, tokenize
 
 
 class TextStream(IterableDataset):
-    """Blocks `{"input_ids": (block_size,)}` of a stream of texts, over and over, in an order that the seed fixes.
+    """Blocks as `TokenBlocks` has them of a stream of texts, over and over, in an order that the seed fixes.
 
     The texts are shuffled in windows of `WINDOW`, each on its own. So a place is one in the texts, and not what happens
     to be in a shuffle buffer: to go on from it, a window is read again.
 
     Args:
         texts: with a column `text`.
-        tokenize: turns a list of texts into a list of lists of ids.
     """
 
     WINDOW = 1000
@@ -28,13 +32,15 @@ class TextStream(IterableDataset):
     def __init__(
         self,
         texts: datasets.IterableDataset,
-        tokenize: Callable[[list[str]], list[list[int]]],
+        tokenizer: PreTrainedTokenizerBase,
         block_size: int,
         seed: int,
     ):
-        self.texts, self.tokenize, self.block_size, self.seed = texts, tokenize, block_size, seed
-        # Where the iteration begins, and how many blocks after the first of all it leaves out.
-        self._start, self._skipped = {"texts": None, "epoch": 0, "window": 0, "blocks": 0, "rest": []}, 0
+        self.texts, self.tokenizer, self.block_size, self.seed = texts, tokenizer, block_size, seed
+        # Where the iteration begins, and how many blocks after the first of all it leaves out. The ids `rest` are not
+        # in a block yet, and texts begin at their places `starts`.
+        self._start = {"texts": None, "epoch": 0, "window": 0, "blocks": 0, "rest": [], "starts": []}
+        self._skipped = 0
         self._windows = []  # Where each began, in the order in which they were read.
 
     def place(self, blocks: int) -> dict:
@@ -52,30 +58,35 @@ class TextStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         place = self._start
-        state, epoch, window, blocks, rest = (place[name] for name in ("texts", "epoch", "window", "blocks", "rest"))
         self._windows = []
-        self.texts.set_epoch(epoch)
-        if state is not None:
-            self.texts.load_state_dict(state)
-        texts = iter(self.texts)
+        self.texts.set_epoch(place["epoch"])
+        if place["texts"] is not None:
+            self.texts.load_state_dict(place["texts"])
+        texts = name_errors("The stream", self.texts)
         while True:
-            self._windows.append({"texts": state, "epoch": epoch, "window": window, "blocks": blocks, "rest": rest})
+            self._windows.append(place)
+            epoch, window, blocks = place["epoch"], place["window"], place["blocks"]
             rows = [row["text"] for row in itertools.islice(texts, self.WINDOW)]
             if not rows:
                 if window == 0:
                     raise ValueError("The stream holds no text.")
-                state, epoch, window = None, epoch + 1, 0
-                self.texts.set_epoch(epoch)
-                texts = iter(self.texts)
+                place = place | {"texts": None, "epoch": epoch + 1, "window": 0}
+                self.texts.set_epoch(epoch + 1)
+                texts = name_errors("The stream", self.texts)
                 continue
             state = self.texts.state_dict()
             random.Random(f"{self.seed} {epoch} {window}").shuffle(rows)
-            window += 1
-            for ids in self.tokenize(rows):
-                ids = rest + ids
-                whole = len(ids) // self.block_size * self.block_size
-                rest = ids[whole:]
-                for start in range(0, whole, self.block_size):
+            ids, starts = np.array(place["rest"], dtype=np.int64), place["starts"]
+            for part, begins in tokenize(map(in_pieces, rows), self.tokenizer):
+                starts = [*starts, len(ids)] if begins else starts
+                ids = np.concatenate([ids, part])
+                while len(ids) >= self.block_size:
                     blocks += 1
                     if blocks > self._skipped:
-                        yield {"input_ids": torch.tensor(ids[start : start + self.block_size])}
+                        inside = [start for start in starts if start < self.block_size]
+                        positions = document_positions(inside, self.block_size)
+                        yield {"input_ids": torch.tensor(ids[: self.block_size]), "position_ids": positions}
+                    ids = ids[self.block_size :]
+                    starts = [start - self.block_size for start in starts if start >= self.block_size]
+            place = {"texts": state, "epoch": epoch, "window": window + 1, "blocks": blocks}
+            place |= {"rest": ids.tolist(), "starts": starts}

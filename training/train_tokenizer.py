@@ -7,15 +7,21 @@ python training/train_tokenizer.py --vocab_size 1024 --output_dir runs/tokenizer
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
 from text_data import END_OF_TEXT, add_text_arguments, byte_level, load_text
+from token_blocks import load_tokens
+from whole_files import whole_files
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[Iterable[str]], vocab_size: int) -> PreTrainedTokenizerBase:
     """A tokenizer of `vocab_size` tokens, every byte and the end-of-text token among them, so that no text is unknown.
+    Each of the texts is the strings that it is made of.
 
     Raises:
         ValueError: `vocab_size` leaves no room for the bytes.
@@ -26,8 +32,20 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT])
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.train_from_iterator((words for pieces in texts for words in _whole_words(pieces)), trainer)
     return byte_level(tokenizer)
+
+
+def _whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The strings cut in other places: where a word ends, and the tokenizer parts texts as well."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        words = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
+        if words is not None:
+            yield words[0]
+            text = text[words.end() :]
+    yield text
 
 
 def main() -> None:
@@ -38,14 +56,16 @@ def main() -> None:
     args = parser.parse_args()
     try:
         data = load_text(args)
-        tokenizer = train_tokenizer(list(data["train"]["text"]), args.vocab_size)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_tokenizer(data["train"], args.vocab_size)
+        with whole_files(folder) as partial:
+            tokenizer.save_pretrained(partial)
+        held_out = load_tokens(data["validation"], tokenizer)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    tokenizer.save_pretrained(args.output_dir)
-    held_out = list(data["validation"]["text"])
-    tokens = sum(map(len, tokenizer(held_out, verbose=False).input_ids))
-    size = sum(len(text.encode()) for text in held_out)
-    print(f"{len(tokenizer)} tokens, {size / tokens:.2f} bytes each in the held-out text: {args.output_dir}")
+    size = held_out.bytes / (len(held_out.ids) - len(held_out.starts))
+    print(f"{len(tokenizer)} tokens, {size:.2f} bytes each in the held-out text: {args.output_dir}")
 
 
 if __name__ == "__main__":
