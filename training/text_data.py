@@ -50,12 +50,14 @@ def add_data_arguments(parser) -> None:
 
 
 class Blocks(NamedTuple):
-    """Blocks of token ids, `{"input_ids": (block_size,)}`, and the held-out text's tokens per byte, by which nats per
-    token become nats per byte."""
+    """Blocks of token ids, `{"input_ids": (block_size,)}`, the held-out text's tokens per byte, by which nats per token
+    become nats per byte, and a SHA-256 that is another for other training data (of a stream, for another file or
+    dataset)."""
 
     train: Dataset | TextStream
     validation: Dataset
     tokens_per_byte: float
+    digest: str
 
 
 def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Blocks:
@@ -69,7 +71,16 @@ def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, se
     texts, held_out = stream_text(args)
     held_out, tokens_per_byte = _cut(held_out, "validation", tokenizer, args.block_size)
     stream = TextStream(texts, functools.partial(tokenize, tokenizer=tokenizer), args.block_size, seed)
-    return Blocks(stream, held_out, tokens_per_byte)
+    return Blocks(stream, held_out, tokens_per_byte, _stream_digest(args))
+
+
+def _stream_digest(args: argparse.Namespace) -> str:
+    digest = hashlib.sha256(f"{args.dataset_name} {args.dataset_config_name}".encode())
+    if args.train_file is not None:
+        with open(args.train_file, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def document_positions(ids: Tensor, end: int | None) -> Tensor:
@@ -239,7 +250,10 @@ def make_blocks(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, block_siz
         ValueError: a split is shorter than one block.
     """
     train, _ = _cut(data["train"], "training", tokenizer, block_size)
-    return Blocks(train, *_cut(data["validation"], "validation", tokenizer, block_size))
+    digest = hashlib.sha256()
+    for batch in train.with_format("numpy").iter(1000):
+        digest.update(batch["input_ids"].tobytes())
+    return Blocks(train, *_cut(data["validation"], "validation", tokenizer, block_size), digest.hexdigest())
 
 
 def _cut(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[Dataset, float]:
