@@ -11,6 +11,7 @@ import argparse
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from free_memory import keep_freed_memory
 from text_data import END_OF_TEXT, add_text_arguments, byte_level, load_text
 
 
@@ -31,6 +32,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument("--vocab_size", type=int, default=1024, help="Number of tokens (default 1024).")
