@@ -49,6 +49,11 @@ from lrcssm_hf import LrcParameters, LrcSSMConfig, LrcSSMForCausalLM, lrc_scan, 
 from lrcssm_hf.host import CACHE
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from free_memory import keep_freed_memory
+
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -73,9 +78,6 @@ TRAINING = {  # model, tokens per optimizer step, and the lengths they are cut i
     "cuda": ("100 M", 32768, [512, 2048, 8192, 32768]),
     "quick": ("tiny", 128, [32, 64]),
 }
-# glibc's malloc gives large tensors back to the system once they are freed. Contenders that allocate their results
-# would then be measured by how fast the system finds and clears fresh pages.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 STEP_LIMIT = 60  # seconds
 PIECE = 8192  # tokens of a context that are read at once
 
@@ -524,7 +526,6 @@ def environment(device: str) -> str:
         hardware = models[0] if models else hardware
     facts = [hardware, f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads", platform.system()]
     facts += [f"Python {platform.python_version()}"]
-    facts += [f"{name}={os.environ[name]}" for name in KEEP_FREED_MEMORY if name in os.environ]
     for package in PACKAGES:
         try:
             facts.append(f"{package} {importlib.metadata.version(package)}")
@@ -553,6 +554,8 @@ def write(results: dict[str, dict], folder: Path, stem: str) -> None:
 
 
 def main() -> None:
+    # Contenders that allocate their results would otherwise be measured by how fast the system finds fresh pages.
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="By default cuda where PyTorch finds a GPU.")
     parser.add_argument("--quick", action="store_true", help="A smoke test, with results in a temporary folder.")
@@ -563,9 +566,6 @@ def main() -> None:
         parser.error(f"--parts: there is no {', '.join(sorted(unknown))}, only {', '.join(PARTS)}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU.")
-    if platform.libc_ver()[0] == "glibc" and not KEEP_FREED_MEMORY.keys() <= os.environ.keys():
-        # It is read when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**KEEP_FREED_MEMORY, **os.environ})
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
 

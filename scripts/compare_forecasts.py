@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from forecast_report import Results  # noqa: E402
 from forecast_series import Study, parse_args  # noqa: E402
+from free_memory import keep_freed_memory  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
 
@@ -76,6 +77,7 @@ def write(results: Results, folder: Path) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/forecast_study"), help="Folder of the runs.")
     args = parser.parse_args()

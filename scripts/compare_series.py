@@ -42,6 +42,7 @@ RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import PAPER_SEEDS, classify, mean_and_deviation, parse_args  # noqa: E402
+from free_memory import keep_freed_memory  # noqa: E402
 from markdown_table import markdown_table  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
@@ -254,7 +255,7 @@ def main() -> None:
     study = STUDIES[args.study]
     # Read by the workers' libraries when they are imported.
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), keep_freed_memory) as workers:
         try:
             print(tables(compare(study, args.data_dir, args.runs_dir, workers.map)))
         except (ValueError, OSError) as error:

@@ -33,6 +33,7 @@ RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import mean_and_deviation  # noqa: E402
+from free_memory import keep_freed_memory  # noqa: E402
 from synthetic_tasks import TASKS, parse_args, plot_accuracy, run_seeds  # noqa: E402
 from whole_files import whole_files, write_whole  # noqa: E402
 
@@ -135,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     # Read by the workers' libraries when they are imported.
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), keep_freed_memory) as workers:
         try:
             print(table(compare(args.runs_dir, workers.map)))
         except (ValueError, OSError) as error:

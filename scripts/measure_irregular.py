@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
 from classify_series import PAPER_SEEDS, accuracy, predict  # noqa: E402
+from free_memory import keep_freed_memory  # noqa: E402
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification  # noqa: E402
 from pretrain import describe_environment  # noqa: E402
 from series_data import channel_statistics, check, collate, load_archive, make_rows, split  # noqa: E402
@@ -135,6 +136,7 @@ def table(results: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results_dir", type=Path, default=RESULTS, help="Folder of the two files.")
     args = parser.parse_args(arguments)

@@ -30,6 +30,8 @@ from lrcssm_hf.stability import jacobian_bound
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from arguments import integer, text  # noqa: E402
+from free_memory import keep_freed_memory  # noqa: E402
 from text_data import standard_library  # noqa: E402
 from whole_files import whole_files, write_whole  # noqa: E402
 
@@ -178,19 +180,18 @@ def report(name: str, length: int, text_file: str | None) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--length", type=int, default=65536, help="Steps to read (default 65536).")
-    parser.add_argument("--text_file", help="What a language model reads instead of the standard library.")
-    parser.add_argument("--output_dir", type=Path, help="Default runs/stability-MODEL.")
+    parser.add_argument("model", metavar="MODEL", type=text)
+    parser.add_argument("--length", type=integer(at_least=2), default=65536, help="Steps to read (default 65536).")
+    parser.add_argument("--text_file", type=text, help="What a language model reads instead of the standard library.")
+    parser.add_argument("--output_dir", type=text, help="Default runs/stability-MODEL.")
     args = parser.parse_args(arguments)
-    if args.length < 2:
-        parser.error(f"--length must be at least 2, got {args.length}.")
     try:
         results = report(args.model, args.length, args.text_file)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    folder = args.output_dir or Path("runs") / f"stability-{results['model']}"
+    folder = Path(args.output_dir or f"runs/stability-{results['model']}")
     write_whole(folder / "stability.json", json.dumps(results, indent=1) + "\n")
     plot(results, folder / "stability.png")
     write_whole(folder / "stability.md", table(results))

@@ -2,6 +2,7 @@
 """The main job in small: what it writes, that what it says is true, resuming, two processes, and refusing bad input."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -91,6 +92,7 @@ def test_training_json_says_what_was_run(trained, text_file):
     assert words == ["accelerate", "launch", "training/pretrain.py", *SMALL, *words[-4:]]
     assert words[-4:] == ["--train_file", str(text_file), "--output_dir", str(folder)]
     assert training["data"]["source"] == "corpus.txt" and training["data"]["dataset"] is None
+    assert len(training["data"]["digest"]) == 64
     assert training["data"]["training_tokens"] > 10 * training["data"]["held_out_tokens"] > 0
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert training["parameters"] == sum(parameter.numel() for parameter in model.parameters())
@@ -245,20 +247,54 @@ def test_a_tokenizer_whose_ids_have_gaps(text_file, tmp_path):
         (["--config_overrides", "hidden_width=3"], "has no 'hidden_width'"),
         (["--config_overrides", "hidden_size=-3"], "hidden_size"),
         (["--config_overrides", "hidden_size"], "not of the form name=value"),
-        (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),
-        (["--block_size", "1"], "--block_size must be at least 2"),
+        (["--config_overrides", "__class__=1"], "a lrcssm configuration has no '__class__'"),
+        (["--config_overrides", "to_dict=1"], "a lrcssm configuration has no 'to_dict'"),
+        (["--config_overrides", "layer_types=1"], "a lrcssm configuration has no 'layer_types'"),
+        (["--config_overrides", "auto_map=1"], "a lrcssm configuration has no 'auto_map'"),
+        (["--config_overrides", "model_type=llama"], "a lrcssm configuration has no 'model_type'"),
+        (["--config_overrides", "architectures=1"], "a lrcssm configuration has no 'architectures'"),
+        (["--config_overrides", "hiden_size=8"], "has no 'hiden_size'; the nearest is 'hidden_size'"),
+        (["--config_overrides", "hidden_size="], "'hidden_size=' is not of the form name=value"),
+        (["--config_overrides", "hidden_size=8,,"], "'' is not of the form name=value"),
+        (["--config_overrides", "hidden_size=8, hidden_size=16"], "'hidden_size' is given twice"),
+        (["--model_type", "lrcsm"], "argument --model_type: must be"),
+        (["--model_type", "vit"], "argument --model_type: must be"),
+        (["--max_train_steps", "0"], "argument --max_train_steps: must be at least 1, got 0"),
+        (["--max_train_steps", "9" * 40], "argument --max_train_steps: must be at most"),
+        (["--num_train_epochs", "1"], "--num_train_epochs: not allowed with argument --max_train_steps"),
+        (["--max_grad_norm", "-1"], "argument --max_grad_norm: must be above 0, got -1"),
+        (["--max_grad_norm", "nan"], "argument --max_grad_norm: must be a finite number, got nan"),
+        (["--weight_decay", "-1"], "argument --weight_decay: must be at least 0, got -1"),
+        (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),
+        (["--peak_tflops", "0"], "argument --peak_tflops: must be above 0, got 0"),
+        (["--num_warmup_steps", "-1"], "argument --num_warmup_steps: must be at least 0, got -1"),
+        (["--num_warmup_steps", "13"], "--num_warmup_steps must be at most the number of steps, 12, got 13"),
+        (["--checkpointing_steps", "²"], "argument --checkpointing_steps: must be a whole number or 'epoch', got '²'"),
+        (["--checkpointing_steps", "0"], "argument --checkpointing_steps: must be at least 1, got 0"),
+        (["--resume_from_checkpoint", ""], "argument --resume_from_checkpoint: must not be empty"),
+        (["--output_dir", ""], "argument --output_dir: must not be empty"),
+        (["--train_file", ""], "argument --train_file: must not be empty"),
+        (["--hub_model_id", "me/model"], "--hub_model_id is for --push_to_hub"),
+        (["--report_to", "tensorboard"], "--report_to is for --with_tracking"),
+        (["--with_tracking", "--report_to", "tensorbord"], "argument --report_to: invalid choice: 'tensorbord'"),
+        (["--validation_split_percentage", "100"], "must be below 100, got 100"),
+        (["--block_size", "1"], "argument --block_size: must be at least 2, got 1"),
+        (["--learning_r", "1"], "unrecognized arguments: --learning_r 1"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "--lr_scheduler_type"),
         (["--resume_from_checkpoint", "{missing}"], "is not a checkpoint that can be used"),
         (["--model_name_or_path", "{missing}", "--config_overrides", ""], "--model_name_or_path '/"),
         (["--train_file", "{numbers}"], "no column 'text', and no other holds text: 'n' holds"),
         (["--config_overrides", "hidden_size=wide"], "hidden_size"),
         (["--config_overrides", "hidden_act=foo"], "`hidden_act` must be one of"),
-        (["--learning_rate", "-1"], "--learning_rate must be positive"),
+        (["--learning_rate", "-1"], "argument --learning_rate: must be above 0, got -1"),
         (["--lr_scheduler_type", "nonsense"], "--lr_scheduler_type"),
         (["--with_tracking", "--report_to", "comet_ml"], "no tracker of --report_to comet_ml is installed"),
         (["--context_parallel_size", "2"], "--context_parallel_size 2 does not divide the number of processes, 1"),
-        (["--context_parallel_size", "0"], "--context_parallel_size 0 does not divide"),
-        (["--checkpointing_steps", "often"], "--checkpointing_steps must be a number or 'epoch'"),
+        (["--context_parallel_size", "0"], "argument --context_parallel_size: must be at least 1, got 0"),
+        (
+            ["--checkpointing_steps", "often"],
+            "argument --checkpointing_steps: must be a whole number or 'epoch', got 'often'",
+        ),
         (["--push_to_hub", "--train_file", "{text}"], "offline"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -283,6 +319,26 @@ def test_bad_input_ends_with_one_clear_message_before_training(arguments, messag
     output = "".join(capsys.readouterr())
     assert message in output and output.count("error: ") == 1, output
     assert "Traceback" not in output and "Training:" not in output
+
+
+def test_epochs_are_steps_and_no_warmup_is_longer(text_file, tmp_path, capsys):
+    arguments = ["--config_overrides", "hidden_size=16,num_hidden_layers=1,intermediate_size=16", "--block_size", "512"]
+    arguments += ["--train_file", str(text_file), "--output_dir", str(tmp_path), "--num_train_epochs"]
+    for epochs, message in (("0", "must be above 0, got 0"), ("1e999", "must be a finite number"), ("1", "at most")):
+        with pytest.raises(SystemExit) as ended:
+            pretrain.main([*arguments, epochs, "--num_warmup_steps", "999"])
+        output = "".join(capsys.readouterr())
+        assert ended.value.code == 2 and message in output and "Training:" not in output
+    pretrain.main([*arguments, "1.5"])
+    steps = json.loads((tmp_path / "training.json").read_text())["steps"]
+    blocks = json.loads((tmp_path / "training.json").read_text())["data"]["training_tokens"] // 512
+    assert steps == math.ceil(1.5 * (blocks // 8))
+
+
+def test_overrides_of_a_field_by_two_names_are_one_field():
+    assert pretrain.parse_overrides("gpt2", "num_hidden_layers=3,n_embd=8") == {"n_layer": 3, "n_embd": 8}
+    with pytest.raises(ValueError, match="'hidden_size' is given twice"):
+        pretrain.parse_overrides("gpt2", "n_embd=8,hidden_size=8")
 
 
 @pytest.mark.slow

@@ -104,7 +104,6 @@ def test_learning_rates_are_searched_for_with_all_but_the_largest_budgets(cells,
     ("budgets", "passed", "message"),
     [
         ((1e10, 2e10), [], "must be at least a decade apart"),
-        ((0, 1e10), [], "--min_operations 0 must be positive"),
         ((1e11, 1e10), [], "less than --max_operations 1e+10"),
         ((1e10, 1e12), ["--learning_rate", "1e-3"], "--learning_rate is set for every run"),
         ((1e10, 1e12), ["--model_type=llama"], "--model_type is set for every run"),
@@ -114,6 +113,40 @@ def test_a_ladder_that_cannot_be_is_refused(budgets, passed, message):
     budgets = argparse.Namespace(min_operations=budgets[0], max_operations=budgets[1])
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(budgets, [*scaling_law.DEFAULTS.split(), *passed])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--min_operations", "0"], "argument --min_operations: must be above 0, got 0"),
+        (["--max_operations", "nan"], "argument --max_operations: must be a finite number, got nan"),
+        (["--max_operations", "1e300"], "argument --max_operations: must be below 1e+30, got 1e300"),
+        (["--workers", "0"], "argument --workers: must be at least 1, got 0"),
+        (["--output_dir", ""], "argument --output_dir: must not be empty"),
+        (["--weight_decay", "-1"], "argument --weight_decay: must be at least 0, got -1"),
+        (["--learning_r", "1"], "unrecognized arguments: --learning_r 1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_run(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scaling_law.py", *arguments])
+    monkeypatch.setattr(scaling_law, "pretrain", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as ended:
+        scaling_law.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_ladder_of_two_texts_is_none(cells, trained, monkeypatch, tmp_path):
+    """One that was interrupted does not go on with another text."""
+    train, digests = scaling_law.pretrain, itertools.chain(["first"] * 5, itertools.repeat("second"))
+
+    def with_digest(*arguments):
+        run = train(*arguments)
+        run.training["data"]["digest"] = next(digests)
+        return run
+
+    monkeypatch.setattr(scaling_law, "pretrain", with_digest)
+    with pytest.raises(ValueError, match="a run with other data"):
+        Ladder(cells, tmp_path, [], workers=1).run()
 
 
 def test_a_failed_run_ends_the_ladder(cells, monkeypatch, tmp_path):

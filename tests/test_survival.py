@@ -2,10 +2,14 @@
 """A training run comes back from being killed, stopped, and from bad checkpoints, to where it would have been."""
 
 import errno
+import hashlib
+import io
 import itertools
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +21,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 
 import checkpoints
@@ -163,7 +167,7 @@ def test_a_folder_that_is_not_everyones_is_refused(tmp_path, monkeypatch):
 
 def test_bad_checkpoints_are_passed_over(data, whole, tmp_path):
     finish(start(tmp_path, *data["text"]))
-    model = next((tmp_path / "checkpoint-56").glob("model*"))
+    model = next((tmp_path / "checkpoint-56").glob("*.safetensors"))
     model.write_bytes(model.read_bytes()[:-7])
     (tmp_path / "checkpoint-49" / "manifest.json").write_text("{")
     (tmp_path / "model.safetensors").unlink()
@@ -187,11 +191,240 @@ def run_here(folder, data, capsys, *arguments):
     return stopped.value.code, capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def saved(data, tmp_path_factory):
+    """A folder with a checkpoint of step 7."""
+    folder = tmp_path_factory.mktemp("saved")
+    pretrain.main([*SMALL, *map(str, data["text"]), "--max_train_steps", "7", "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    """A copy of it to tamper with."""
+    return Path(shutil.copytree(saved / "checkpoint-7", tmp_path / "checkpoint-7"))
+
+
+def seal(checkpoint, **changes):
+    """A manifest of what is there, as whoever tampers with a checkpoint can write one."""
+    files = {
+        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    manifest = {"time": 2e9, "files": files} | changes
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Payload:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+PICKLES = [
+    "custom_checkpoint_0.pkl",
+    "custom_checkpoint_1.pkl",
+    "random_states_0.pkl",
+    "optimizer.bin",
+    "scheduler.bin",
+]
+PICKLES += ["sampler.bin", "dl_state_dict.bin", "scaler.pt", "pytorch_model.bin", "model.bin", "model.pt"]
+PICKLES += ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_rank0.bin", "pytorch_model_fsdp_0/.metadata"]
+PICKLES += ["pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/.metadata", "optimizer_0/__0_0.distcp", ".metadata"]
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_checkpoint_with_pickles_is_refused_and_they_run_no_code(form, data, checkpoint, tmp_path, capsys):
+    """Those of every name that Accelerate and torch's distributed checkpoints read, in one checkpoint and alone."""
+    written = tmp_path / "written"
+
+    if form == "torch":
+        file = io.BytesIO()
+        torch.save(Payload(written), file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        payload = file.getvalue()
+    else:
+        payload = pickle.dumps(Payload(written))
+        pickle.loads(payload)
+    assert written.exists(), "the payload does nothing"
+    written.unlink()
+
+    def plant(path):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(payload)
+
+    for name in PICKLES:
+        path = checkpoint / name
+        plant(path)
+        seal(checkpoint)
+        assert repr(path.relative_to(checkpoint).parts[0]) in find_damage(checkpoint)
+        path.unlink()
+        if path.parent != checkpoint:
+            path.parent.rmdir()
+    seal(checkpoint)
+    assert find_damage(checkpoint) is None
+    for name in PICKLES:
+        plant(checkpoint / name)
+    seal(checkpoint)
+    status, output = run_here(tmp_path, data, capsys, "--resume_from_checkpoint", str(checkpoint))
+    assert status == 2 and "a checkpoint is only JSON and safetensors" in output
+    assert not written.exists()
+
+
+@pytest.mark.parametrize("kind", ["state.json", "random-*.json", "*.safetensors"])
+def test_a_pickle_under_a_name_of_ours_runs_no_code(kind, data, checkpoint, tmp_path, capsys):
+    (path,) = checkpoint.glob(kind)
+    path.write_bytes(pickle.dumps(Payload(tmp_path / "written")))
+    seal(checkpoint)
+    assert find_damage(checkpoint) is None
+    status, output = run_here(tmp_path, data, capsys, "--resume_from_checkpoint", str(checkpoint))
+    assert status == 2 and f"error: {checkpoint}" in output and "cannot be" in output
+    assert not (tmp_path / "written").exists()
+
+
+def test_nothing_is_unpickled_on_the_way_to_a_checkpoints_state(data, checkpoint, tmp_path, monkeypatch):
+    read, calls = pretrain.read_state, []
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    def read_watched(*arguments):
+        calls.append(arguments)
+        with monkeypatch.context() as patches:
+            for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+                patches.setattr(module, name, refuse)
+            read(*arguments)
+
+    monkeypatch.setattr(pretrain, "read_state", read_watched)
+    arguments = [*SMALL, *map(str, data["text"]), "--resume_from_checkpoint", str(checkpoint)]
+    pretrain.main([*arguments, "--max_train_steps", "8", "--output_dir", str(tmp_path / "out")])
+    assert len(calls) == 1
+
+
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"/dev/zero": [0, "0"]}, "'/dev/zero' is not in it"),
+        ({"../outside": [3, "0"]}, "'../outside' is not in it"),
+        ({"state.json": [-1, "0"]}, "state.json is not as it was written"),
+        ({"state.json": ["9", "0"]}, "no readable manifest.json"),
+        ({"state.json": [9]}, "no readable manifest.json"),
+        ({"state.json": None}, "no readable manifest.json"),
+        ([], "no readable manifest.json"),
+        (NESTED, "no readable manifest.json"),
+    ],
+    ids=["device", "outside", "negative", "text", "short", "null", "list", "nested"],
+)
+def test_a_manifest_leads_to_nothing_outside_of_its_checkpoint(files, problem, checkpoint):
+    (checkpoint.parent / "outside").write_text("abc")
+    if files == NESTED:
+        (checkpoint / "manifest.json").write_text(NESTED)
+    else:
+        kept = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        seal(checkpoint, files=kept | files if isinstance(files, dict) else files)
+    assert problem in find_damage(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "pipe"])
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_checkpoint_is_of_plain_files(name, kind, checkpoint, monkeypatch):
+    path = checkpoint / name
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.rename(checkpoint.parent / name)
+        path.symlink_to("/dev/zero" if kind == "device" else checkpoint.parent / name)
+
+    # Reading a device or a pipe does not end, and would take all memory.
+    def open_file(path, *arguments, **options):
+        assert path.is_file() and not path.is_symlink()
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    problem = find_damage(checkpoint)
+    assert (
+        problem
+        == ("state.json cannot be read (it is no plain file)", "it has no readable manifest.json")[
+            name == "manifest.json"
+        ]
+    )
+
+
+def test_a_time_that_is_no_number_is_no_time(checkpoint):
+    for time_ in (float("nan"), float("inf"), "2026"):
+        seal(checkpoint, time=time_)
+        assert "no readable manifest.json" in find_damage(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("text", "data_digest="),
+        ("activation", "hidden_act='silu', not 'gelu'"),
+        ("dropout", "hidden_dropout=0.2, not 0.3"),
+    ],
+)
+def test_a_checkpoint_of_other_data_or_another_model_is_refused(change, message, data, checkpoint, tmp_path, capsys):
+    """Also where all sizes are the same."""
+    arguments = ["--resume_from_checkpoint", "latest"]
+    if change == "text":
+        text = data["text"][1].read_text()
+        other = tmp_path / "other.txt"
+        other.write_text(text.replace("short", "quick"))
+        assert other.stat().st_size == data["text"][1].stat().st_size
+        arguments += ["--train_file", str(other)]
+    else:
+        overrides = SMALL[1] + ",hidden_act=gelu" if change == "activation" else SMALL[1].replace("0.2", "0.3")
+        arguments += ["--config_overrides", overrides]
+    status, output = run_here(checkpoint.parent, data, capsys, *arguments)
+    assert status == 2 and message in output and "Traceback" not in output
+    assert find_damage(checkpoint) is None
+
+
+def test_tensors_of_another_model_are_refused(data, checkpoint, tmp_path, capsys):
+    (path,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    for others in (
+        {key: value for key, value in tensors.items() if key != name},
+        tensors | {name: tensors[name][:-1].clone()},
+        tensors | {name: tensors[name].double()},
+    ):
+        save_file(others, path)
+        seal(checkpoint)
+        status, output = run_here(checkpoint.parent, data, capsys, "--resume_from_checkpoint", "latest")
+        assert status == 2 and "it is of another model" in output and name in output
+
+
+def test_folders_of_the_users_are_left_alone(data, checkpoint, tmp_path):
+    """Only what a run has made is removed."""
+    theirs = ["partial-results", "partial-checkpoint-3", "checkpoint-mine-1", "checkpoint-1"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    left = tmp_path / ".lrcssm-partial-checkpoint-3"
+    left.mkdir()
+    arguments = [*SMALL, *map(str, data["text"]), "--resume_from_checkpoint", str(checkpoint)]
+    arguments += ["--save_total_limit", "1", "--max_train_steps", "21", "--output_dir", str(tmp_path)]
+    pretrain.main(arguments)
+    assert all((tmp_path / name / "notes.txt").read_text() == "mine" for name in theirs)
+    assert not left.exists() and not checkpoint.exists() and (tmp_path / "checkpoint-21").exists()
+
+
 def test_a_checkpoint_of_a_run_with_another_order_of_the_data_is_refused(data, tmp_path, capsys):
     pretrain.main([*SMALL, *map(str, data["text"]), "--max_train_steps", "8", "--output_dir", str(tmp_path)])
     arguments = ["--resume_from_checkpoint", "latest", "--per_device_train_batch_size", "4"]
     status, output = run_here(tmp_path, data, capsys, *arguments)
-    assert status == 1 and "sequences_per_batch=2, not 4" in output
+    assert status == 2 and "sequences_per_batch=2, not 4" in output
 
 
 def test_the_last_checkpoints_are_kept_whatever_the_clock_says(data, tmp_path, monkeypatch):
@@ -212,14 +445,14 @@ def test_the_last_checkpoints_are_kept_whatever_the_clock_says(data, tmp_path, m
     ids=["plain", "distributed"],
 )
 def test_a_full_disk_leaves_the_last_checkpoint(error, message, data, tmp_path, monkeypatch, capsys):
-    save = Accelerator.save_state
+    write = pretrain.write_state
 
-    def save_twice(self, folder):
-        save(self, folder)
-        if "-21" in folder:
+    def write_twice(folder, *arguments):
+        write(folder, *arguments)
+        if "-21" in folder.name:
             raise error
 
-    monkeypatch.setattr(Accelerator, "save_state", save_twice)
+    monkeypatch.setattr(pretrain, "write_state", write_twice)
     status, output = run_here(tmp_path, data, capsys)
     assert status == 1 and "checkpoint-21 could not be written" in output and message in output
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-14", "checkpoint-7"]

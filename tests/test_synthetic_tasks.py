@@ -24,6 +24,25 @@ def test_a_length_below_that_of_training_is_refused(capsys):
     assert "--max_eval_length must be at least --max_train_length" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weight_decay", "-1"], "argument --weight_decay: must be at least 0, got -1"),
+        (["--seeds", "1", "1"], "argument --seeds: 1 is given twice"),
+        (["--max_train_length", "1"], "argument --max_train_length: must be at least 8, got 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        synthetic_tasks.parse_args(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_a_task_sets_is_not_overridden():
+    with pytest.raises(ValueError, match="the task sets 'use_cache'"):
+        synthetic_tasks.make_config(synthetic_tasks.TASKS["parity"], "use_cache=True")
+
+
 @pytest.mark.parametrize("task", synthetic_tasks.TASKS)
 def test_every_task_predicts_something(task, tmp_path):
     arguments = ["--task", task, "--max_train_steps", "2", "--per_device_train_batch_size", "2", "--eval_tokens", "256"]

@@ -1,40 +1,49 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of a training run: there whole or not at all, the last few kept, and proved intact before they are used.
 
-A checkpoint is a folder `checkpoint-STEP` of what Accelerate saves, and `manifest.json`, written last: the time, and
-size and SHA-256 of every other file. Its name begins with `partial-` until all of it is on the disk.
+A checkpoint is a folder `checkpoint-STEP` of what training_state.py writes, and `manifest.json`, written last: the
+time, and size and SHA-256 of every other file. It has another name until all of it is on the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
+import stat
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from whole_files import write_whole
+from training_state import SUFFIXES
+from whole_files import PARTIAL, write_whole
 
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 2**24  # bytes
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Saves the training state to `folder/checkpoint-STEP`, and then removes all but the last `keep` checkpoints.
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, keep: int, write: Callable[[Path], None]
+) -> None:
+    """Has `write` fill `folder/checkpoint-STEP`, and then removes all but the last `keep` checkpoints.
 
-    To be called by all processes, which share the folder.
+    To be called by all processes, which share the folder; all of them write.
 
     Raises:
         OSError: it could not be written, in any process; what was there before is as it was.
     """
-    partial, final = folder / f"partial-checkpoint-{step}", folder / f"checkpoint-{step}"
+    partial, final = folder / f"{PARTIAL}checkpoint-{step}", folder / f"checkpoint-{step}"
     try:
         with _together(accelerator):
             if accelerator.is_main_process:
@@ -42,11 +51,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
                 # Not its parents: an output folder that has gone is not to come back empty.
                 partial.mkdir()
         with _together(accelerator):
-            accelerator.save_state(str(partial))
+            write(partial)
         with _together(accelerator):
             if accelerator.is_main_process:
                 _finish(partial, final)
-                others = [path for path in _checkpoints(folder) if path != final]
+                others = [path for path in _checkpoints(folder) if path != final and _manifest(path) is not None]
                 for old in others[keep - 1 :]:
                     _remove(old)
     except OSError as error:
@@ -86,29 +95,37 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, name: str) -> Path |
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint, or None. Reads nothing but the plain files that are in its folder."""
+    try:
+        files = {path.name: path for path in checkpoint.iterdir()}
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if foreign := sorted(name for name in files if not name.endswith(SUFFIXES)):
+        return (
+            f"it holds {foreign[0]!r}, and a checkpoint is only JSON and safetensors: other files, such as version 0.1 "
+            "wrote, could run code when they are read"
+        )
     manifest = _manifest(checkpoint)
     if manifest is None:
-        return "it has no readable manifest.json"
-    for name, (size, digest) in manifest["files"].items():
-        path = checkpoint / name
+        return f"it has no readable {MANIFEST}"
+    del files[MANIFEST]
+    for name in sorted(files.keys() | manifest["files"].keys()):
+        if name not in files:
+            return f"{name!r} is not in it"
+        if name not in manifest["files"]:
+            return f"{name!r} is not in its {MANIFEST}"
+        size, digest = manifest["files"][name]
         try:
-            if path.stat().st_size != size or _digest(path) != digest:
+            if _size(files[name]) != size or _digest(files[name]) != digest:
                 return f"{name} is not as it was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def remove_partial(folder: Path) -> None:
-    """What a process that was killed while it wrote or removed something has left."""
-    for path in folder.glob("partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def require_shared(accelerator: Accelerator, folder: Path) -> None:
     """Raises a `ValueError` in all processes, which may be on several machines, unless all of them see the folder."""
-    token = folder / f"partial-{uuid.uuid4().hex}"
+    token = folder / f"{PARTIAL}{uuid.uuid4().hex}"
     (token,) = broadcast_object_list([token])
     if accelerator.is_main_process:
         token.mkdir()
@@ -159,17 +176,17 @@ def _together(accelerator: Accelerator):
 
 def _finish(partial: Path, final: Path) -> None:
     """Has all files on the disk before the folder gets its name."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    sizes = {path.relative_to(partial).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    files = sorted(partial.iterdir())
+    sizes = {path.name: [_size(path), _digest(path)] for path in files}
     # Later than the others', also where this machine's clock is behind that of the last one.
     latest = max((_written(path) for path in _checkpoints(final.parent)), default=0.0)
     manifest = {"time": max(time.time(), latest + 0.001), "files": sizes}
     write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, partial / MANIFEST, *(path.parent for path in files), partial]:
+    for path in [*files, partial / MANIFEST, partial]:
         _sync(path)
     old = None
     if final.exists():
-        old = final.rename(final.with_name(f"partial-{final.name}-old"))
+        old = final.rename(final.with_name(f"{PARTIAL}{final.name}-old"))
     partial.rename(final)
     _sync(final.parent)
     if old is not None:
@@ -189,30 +206,43 @@ def _sync(path: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Under another name, so that nothing half removed is taken for a checkpoint."""
-    gone = checkpoint.with_name(f"partial-{checkpoint.name}-removed")
+    gone = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}-removed")
     checkpoint.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The last written first."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=_written, reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+    return sorted(found, key=_written, reverse=True)
 
 
 def _written(checkpoint: Path) -> float:
     """When, by the manifest, or the folder's own time where that cannot be read."""
     manifest = _manifest(checkpoint)
-    return checkpoint.stat().st_mtime if manifest is None else manifest["time"]
+    return checkpoint.lstat().st_mtime if manifest is None else manifest["time"]
 
 
 def _manifest(checkpoint: Path) -> dict | None:
+    path = checkpoint / MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest["time"], float) or not all(len(entry) == 2 for entry in manifest["files"].values()):
+        if _size(path) > LARGEST_MANIFEST:
             return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        is_right = isinstance(manifest["time"], float) and math.isfinite(manifest["time"])
+        for size, digest in manifest["files"].values():
+            is_right = is_right and type(size) is int and isinstance(digest, str)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return manifest
+    return manifest if is_right else None
+
+
+def _size(path: Path) -> int:
+    """Of a plain file: raises an `OSError` for a link, a device or a pipe, which may lead anywhere or never end."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return status.st_size
 
 
 def _digest(path: Path) -> str:

@@ -34,6 +34,7 @@ from transformers import SchedulerType
 from transformers.utils import ModelOutput
 
 from cpu_processes import start_missing_processes
+from free_memory import keep_freed_memory
 from lrcssm_hf import (
     LrcSSMConfig,
     LrcSSMForSequenceClassification,
@@ -513,6 +514,7 @@ def report(runs: list[dict], folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     args = parse_args(arguments)
     accelerator, runs = make_runs("training/classify_series.py", arguments, functools.partial(classify, args))
     if accelerator.is_main_process:

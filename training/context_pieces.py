@@ -13,12 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from arguments import integer
+
 
 def add_context_argument(parser) -> None:
     """The flag, to a parser or group."""
     parser.add_argument(
         "--context_parallel_size",
-        type=int,
+        type=integer(at_least=1),
         default=1,
         help="Processes over which each sequence is spread, which then count as one device (default 1).",
     )
@@ -38,7 +40,7 @@ class ContextPieces:
 
     def __init__(self, accelerator: Accelerator, size: int):
         processes = accelerator.num_processes
-        if size < 1 or processes % size:
+        if processes % size:
             raise ValueError(f"--context_parallel_size {size} does not divide the number of processes, {processes}.")
         self.accelerator, self.size, self.num_readers = accelerator, size, processes // size
         self.group = None

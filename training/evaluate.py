@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lrcssm_hf  # noqa: F401  registers the model
+from arguments import integer, text
 from context_pieces import ContextPieces, add_context_argument
+from free_memory import keep_freed_memory
 from text_data import add_data_arguments, load_blocks
 from token_blocks import check_vocabulary
 
@@ -70,10 +72,13 @@ def nats_per_token(
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a causal language model.")
+    parser.add_argument(
+        "--model_name_or_path", type=text, required=True, help="Folder or Hub name of a causal language model."
+    )
     add_data_arguments(parser)
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=16)
+    parser.add_argument("--per_device_eval_batch_size", type=integer(at_least=1), default=16)
     add_context_argument(parser)
     args = parser.parse_args()
     try:

@@ -28,6 +28,7 @@ from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel,
 from cpu_processes import start_missing_processes
 from forecast_data import Split, Windows, add_data_arguments, load_series, split_series
 from forecast_report import best_rate, middle, read_run, write_report
+from free_memory import keep_freed_memory
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
 from series_rivals import MIXERS, build
@@ -349,6 +350,7 @@ class Study:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     args = parse_args(arguments)
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":

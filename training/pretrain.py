@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -32,7 +34,7 @@ import matplotlib
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import LoggerType, gather_object, set_seed
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -40,6 +42,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,13 +55,16 @@ from transformers import (
 )
 
 import lrcssm_hf
-from checkpoints import StopSignals, find_checkpoint, remove_partial, require_shared, save_checkpoint
+from arguments import integer, number, seed, text
+from checkpoints import StopSignals, find_checkpoint, require_shared, save_checkpoint
 from context_pieces import ContextPieces, add_context_argument
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
+from free_memory import keep_freed_memory
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
 from token_blocks import check_vocabulary, vocabulary_size
-from whole_files import whole_files, write_whole
+from training_state import read_own, read_state, require_known_sharing, write_state
+from whole_files import PARTIAL, remove_partial, whole_files, write_whole
 
 
 matplotlib.use("Agg")
@@ -66,67 +73,121 @@ import matplotlib.pyplot as plt
 
 # The model of a run without arguments: what reads Python best after five minutes on two CPU cores.
 SMALL_MODEL = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 384}
+DEFAULT_STEPS = 450
 SNIPPET = "def mean(values):\n    if not values:\n        raise"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # scaling_law.py looks for flags by their whole names.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     data = parser.add_argument_group("data")
     add_data_arguments(data)
     data.add_argument(
-        "--max_eval_samples", type=int, default=64, help="Held-out blocks per point of the curve; the last takes all."
+        "--max_eval_samples",
+        type=integer(at_least=1),
+        default=64,
+        help="Held-out blocks per point of the curve; the last takes all.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model_name_or_path", help="Continue from this model instead of starting from scratch.")
-    model.add_argument("--model_type", default="lrcssm", help="Architecture of a new model (default lrcssm).")
+    model.add_argument(
+        "--model_name_or_path", type=text, help="Continue from this model instead of starting from scratch."
+    )
+    model.add_argument("--model_type", type=known_model_type, help="Architecture of a new model (default lrcssm).")
     model.add_argument("--config_overrides", help='Of a new model, "hidden_size=256,num_hidden_layers=6".')
-    model.add_argument("--tokenizer_name", help="Tokenizer; by default the model's own, or one token per byte.")
+    model.add_argument(
+        "--tokenizer_name", type=text, help="Tokenizer; by default the model's own, or one token per byte."
+    )
     train = parser.add_argument_group("training")
-    train.add_argument("--per_device_train_batch_size", type=int, default=8)
-    train.add_argument("--per_device_eval_batch_size", type=int, default=16)
-    train.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    train.add_argument("--learning_rate", type=float, default=4e-3)
-    train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
-    train.add_argument("--max_grad_norm", type=float, default=1.0)
-    train.add_argument("--max_train_steps", type=int, help="Optimizer steps (default 450).")
-    train.add_argument("--num_train_epochs", type=float, help="Passes over the data, without --max_train_steps.")
+    train.add_argument("--per_device_train_batch_size", type=integer(at_least=1), default=8)
+    train.add_argument("--per_device_eval_batch_size", type=integer(at_least=1), default=16)
+    train.add_argument("--gradient_accumulation_steps", type=integer(at_least=1), default=1)
+    train.add_argument("--learning_rate", type=number(above=0), default=4e-3)
+    train.add_argument(
+        "--weight_decay", type=number(at_least=0), default=0.1, help="Of matrices; vectors do not decay."
+    )
+    train.add_argument("--max_grad_norm", type=number(above=0), default=1.0)
+    length = train.add_mutually_exclusive_group()
+    length.add_argument(
+        "--max_train_steps", type=integer(at_least=1), help=f"Optimizer steps (default {DEFAULT_STEPS})."
+    )
+    length.add_argument("--num_train_epochs", type=number(above=0, below=1e9), help="Passes over the data.")
     # These want arguments of their own, or the loss.
     others = ("reduce_lr_on_plateau", "greedy", "cosine_warmup_with_min_lr")
     schedules = [schedule.value for schedule in SchedulerType if schedule.value not in others]
     train.add_argument("--lr_scheduler_type", default="cosine_with_min_lr", choices=schedules)
-    train.add_argument("--num_warmup_steps", type=int, help="By default 5% of the steps.")
-    train.add_argument("--eval_steps", type=int, default=100, help="Steps between points of the validation curve.")
+    train.add_argument("--num_warmup_steps", type=integer(at_least=0), help="By default 5% of the steps.")
+    train.add_argument(
+        "--eval_steps", type=integer(at_least=1), default=100, help="Steps between points of the validation curve."
+    )
     train.add_argument("--gradient_checkpointing", action="store_true")
     add_context_argument(train)
-    train.add_argument("--peak_tflops", type=float, help="Of a device, to report the share of it that is used.")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--peak_tflops", type=number(above=0), help="Of a device, to report the share of it that is used."
+    )
+    train.add_argument("--seed", type=seed, default=0)
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="runs/lrcssm-python", help="Default runs/lrcssm-python.")
-    output.add_argument("--checkpointing_steps", help="Save the training state every so many steps, or every 'epoch'.")
-    output.add_argument("--save_total_limit", type=int, default=3, help="Checkpoints to keep (default 3).")
-    output.add_argument("--resume_from_checkpoint", help="A checkpoint folder, or 'latest', the last intact one.")
+    output.add_argument("--output_dir", type=text, default="runs/lrcssm-python", help="Default runs/lrcssm-python.")
+    output.add_argument(
+        "--checkpointing_steps",
+        type=steps_or_epoch,
+        help="Save the training state every so many steps, or every 'epoch'.",
+    )
+    output.add_argument(
+        "--save_total_limit", type=integer(at_least=1), default=3, help="Checkpoints to keep (default 3)."
+    )
+    output.add_argument(
+        "--resume_from_checkpoint", type=text, help="A checkpoint folder, or 'latest', the last intact one."
+    )
     output.add_argument("--with_tracking", action="store_true", help="Report to the trackers of --report_to.")
-    output.add_argument("--report_to", default="all", help="all, tensorboard, wandb, trackio, ...")
+    output.add_argument("--report_to", choices=[str(kind) for kind in LoggerType], help="By default all.")
     output.add_argument("--push_to_hub", action="store_true", help="Upload the finished model.")
-    output.add_argument("--hub_model_id", help="Where to; by default the folder's name in your namespace.")
+    output.add_argument("--hub_model_id", type=text, help="Where to; by default the folder's name in your namespace.")
     args = parser.parse_args(arguments)
-    if args.checkpointing_steps not in (None, "epoch"):
-        if not args.checkpointing_steps.isdigit() or int(args.checkpointing_steps) == 0:
-            parser.error(f"--checkpointing_steps must be a number or 'epoch', got {args.checkpointing_steps!r}.")
-        args.checkpointing_steps = int(args.checkpointing_steps)
-    if not args.learning_rate > 0:
-        parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
-    counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"]
-    for name in [*counts, "max_eval_samples", "max_train_steps", "save_total_limit"]:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.block_size < 2:
-        parser.error("--block_size must be at least 2: the first token of a block is not predicted.")
+    if args.num_train_epochs is None:
+        args.max_train_steps = args.max_train_steps or DEFAULT_STEPS
+        try:
+            warmup_steps(args, args.max_train_steps)
+        except ValueError as refused:
+            parser.error(str(refused))
     if args.streaming and (args.num_train_epochs is not None or args.checkpointing_steps == "epoch"):
         parser.error("--streaming: a stream has no epochs; give --max_train_steps and --checkpointing_steps in steps.")
-    if args.model_name_or_path and args.config_overrides:
-        parser.error("--config_overrides is for a new model; --model_name_or_path has its configuration.")
+    for name in ("model_type", "config_overrides"):
+        if args.model_name_or_path and getattr(args, name):
+            parser.error(f"--{name} is for a new model; --model_name_or_path has its configuration.")
+    if args.report_to and not args.with_tracking:
+        parser.error("--report_to is for --with_tracking; give both or none.")
+    if args.hub_model_id and not args.push_to_hub:
+        parser.error("--hub_model_id is for --push_to_hub; give both or none.")
+    args.model_type = args.model_type or "lrcssm"
+    args.report_to = args.report_to or "all"
     return args
+
+
+def known_model_type(name: str) -> str:
+    if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise argparse.ArgumentTypeError(f"must be a causal language model that transformers knows, got {name!r}")
+    return name
+
+
+def steps_or_epoch(word: str) -> int | str:
+    if word == "epoch":
+        return word
+    if not word.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or 'epoch', got {word!r}")
+    return integer(at_least=1)(word)
+
+
+def warmup_steps(args: argparse.Namespace, steps: int) -> int:
+    """Of a run of so many steps; raises a `ValueError` if more are asked for."""
+    if args.num_warmup_steps is None:
+        return steps // 20
+    if args.num_warmup_steps > steps:
+        raise ValueError(
+            f"--num_warmup_steps must be at most the number of steps, {steps}, got {args.num_warmup_steps}."
+        )
+    return args.num_warmup_steps
 
 
 def make_folder(name: str) -> Path:
@@ -141,20 +202,31 @@ def make_folder(name: str) -> Path:
 
 
 def parse_overrides(model_type: str, overrides: str | None) -> dict:
-    """The values of "hidden_size=256,num_hidden_layers=6", all of which this type of model must know."""
+    """The values of "hidden_size=256,num_hidden_layers=6", all of fields that this type of model declares.
+
+    Raises:
+        ValueError: something else stands there, or a field twice; the message names it.
+    """
+    configuration = type(AutoConfig.for_model(model_type))
+    # Not those of every model, which say what transformers makes of it.
+    every = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    known = {field.name: field.name for field in dataclasses.fields(configuration) if field.name not in every}
+    known |= {alias: name for alias, name in configuration.attribute_map.items() if name in known}
     values = {}
-    for item in filter(None, (overrides or "").split(",")):
-        name, separator, text = item.partition("=")
-        if not separator:
+    for item in overrides.split(",") if overrides else []:
+        alias, _, value = (part.strip() for part in item.partition("="))
+        if not alias or not value:
             raise ValueError(f"--config_overrides: {item!r} is not of the form name=value.")
+        if alias not in known:
+            nearest = "".join(f"; the nearest is {name!r}" for name in difflib.get_close_matches(alias, known, n=1))
+            raise ValueError(f"--config_overrides: a {model_type} configuration has no {alias!r}{nearest}.")
+        name = known[alias]
+        if name in values:
+            raise ValueError(f"--config_overrides: {alias!r} is given twice.")
         try:
-            values[name.strip()] = ast.literal_eval(text.strip())
+            values[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            values[name.strip()] = text.strip()
-    known = AutoConfig.for_model(model_type)
-    for name in values:
-        if not hasattr(known, name):
-            raise ValueError(f"--config_overrides: a {model_type} configuration has no {name!r}.")
+            values[name] = value
     return values
 
 
@@ -163,6 +235,13 @@ def make_config(model_type: str, overrides: str | None, tokenizer) -> PreTrained
     values |= parse_overrides(model_type, overrides)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary_size(tokenizer), **tokens, **values})
+
+
+def model_configuration(model: PreTrainedModel) -> dict:
+    """What JSON can hold of a model's configuration but for what may differ between runs of the same model."""
+    names = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def make_optimizer(
@@ -202,7 +281,7 @@ class Metrics:
         if resumed_step and self.path.exists():
             for line in self.path.read_text().splitlines():
                 # The interrupted run may have gone on after its checkpoint, and died while it wrote a line.
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(ValueError, TypeError, KeyError):
                     record = json.loads(line)
                     if record["step"] <= resumed_step and "validation_nats_per_byte" not in record:
                         self.records.append(record)
@@ -260,7 +339,8 @@ def prepare(args: argparse.Namespace, pieces: ContextPieces) -> Inputs:
 class Training:
     """A run: model, optimizer, schedule and data under Accelerate, and how far it has come.
 
-    What a checkpoint remembers beside what Accelerate saves are the attributes of `PROGRESS` and the place in a stream.
+    What a checkpoint remembers beside tensors and random numbers are the attributes of `PROGRESS`, the place in a
+    stream, and the settings and the model with which it can be used.
     """
 
     PROGRESS = ("step", "tokens", "seconds", "epoch", "batches", "skipped_steps", "loss_spikes", "usual_loss")
@@ -297,13 +377,11 @@ class Training:
         self.steps_per_epoch = None
         if not args.streaming:
             self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
-        self.last_step = args.max_train_steps or 450
-        if args.max_train_steps is None and args.num_train_epochs is not None:
-            self.last_step = max(1, math.ceil(args.num_train_epochs * self.steps_per_epoch))
+        self.last_step = args.max_train_steps or math.ceil(args.num_train_epochs * self.steps_per_epoch)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer=self.optimizer,
-            num_warmup_steps=self.last_step // 20 if args.num_warmup_steps is None else args.num_warmup_steps,
+            num_warmup_steps=warmup_steps(args, self.last_step),
             num_training_steps=self.last_step,
             scheduler_specific_kwargs={
                 "cosine_with_min_lr": {"min_lr_rate": 0.05},
@@ -312,23 +390,21 @@ class Training:
         )
         self.sequences_per_batch = batch_size * pieces.num_readers
         self.tokens_per_step = self.sequences_per_batch * args.gradient_accumulation_steps * args.block_size
-        # On which the order of the data and the count of its batches depend.
+        # On which the data, their order and the count of their batches depend.
         names = ("block_size", "streaming", "seed", "gradient_accumulation_steps")
         self.settings = {
             **{name: getattr(args, name) for name in names},
             "sequences_per_batch": self.sequences_per_batch,
             "training_blocks": None if args.streaming else len(blocks.train),
+            "data_digest": blocks.digest,
         }
+        self.configuration = model_configuration(inputs.model)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.epoch, self.batches = 0, 0  # How many batches of this epoch, or of the stream, have been read.
         self.skipped_steps, self.loss_spikes, self.usual_loss = 0, 0, (0.0, 0.0)
-        accelerator.register_for_checkpointing(self.scheduler, self)
         if checkpoint is not None:
-            try:
-                accelerator.load_state(str(checkpoint))
-            except RuntimeError as error:
-                raise ValueError(f"{checkpoint} is of another model, or of another way to share it: {error}") from error
-            self.use_given_rates()
+            self.set_progress(checkpoint)
+            read_state(checkpoint, accelerator, self.model, self.optimizer)
             accelerator.print(f"Going on from {checkpoint}.")
         self.metrics = None
         if accelerator.is_main_process:
@@ -344,32 +420,41 @@ class Training:
             f"({torch.get_num_threads()} threads)"
         )
 
-    def state_dict(self) -> dict:
-        state = {name: getattr(self, name) for name in self.PROGRESS} | {"settings": self.settings}
-        if self.stream is not None:
-            state["place"] = self.stream.place(self.batches * self.sequences_per_batch)
-        return state
+    def write(self, folder: Path) -> None:
+        """Fills a checkpoint."""
+        progress = {name: getattr(self, name) for name in self.PROGRESS}
+        place = None if self.stream is None else self.stream.place(self.batches * self.sequences_per_batch)
+        own = {"settings": self.settings, "configuration": self.configuration, "progress": progress, "place": place}
+        write_state(folder, self.accelerator, self.model, self.optimizer, own)
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"The checkpoint is of a run with {name}={state['settings'].get(name)}, not {value}: its place in "
-                    "the data would be another."
-                )
-        for name in self.PROGRESS:
-            setattr(self, name, state[name])
-        if self.stream is not None:
-            self.stream.go_to(state["place"])
-
-    def use_given_rates(self) -> None:
-        """The learning rate and the weight decay of this command, where the checkpoint is of a run with others."""
-        rate, decay = self.args.learning_rate, self.args.weight_decay
-        for group, given in zip(self.optimizer.param_groups, (decay, 0.0)):
-            group["lr"] *= rate / group["initial_lr"] if group["initial_lr"] != rate else 1
-            group["initial_lr"], group["weight_decay"] = rate, given
-        self.scheduler.base_lrs = [rate for _ in self.scheduler.base_lrs]
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+    def set_progress(self, checkpoint: Path) -> None:
+        """Goes to where the checkpoint was written; raises a `ValueError` unless that is of this model and data."""
+        own = read_own(checkpoint)
+        try:
+            settings, configuration = own["settings"], own["configuration"]
+            for name, value in self.settings.items():
+                if settings.get(name) != value:
+                    raise ValueError(
+                        f"{checkpoint} is of a run with {name}={settings.get(name)}, not {value}: its place in the "
+                        "data would be another."
+                    )
+            # A later release of transformers may have fields that the checkpoint's had not.
+            for name in self.configuration.keys() & configuration.keys():
+                if configuration[name] != self.configuration[name]:
+                    raise ValueError(
+                        f"{checkpoint} is of a model with {name}={configuration[name]!r}, not "
+                        f"{self.configuration[name]!r}."
+                    )
+            for name in self.PROGRESS:
+                value, kind = own["progress"][name], type(getattr(self, name))
+                setattr(self, name, kind(value))
+            if self.stream is not None:
+                self.stream.go_to(own["place"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{checkpoint} is not what a run wrote: {error!r}") from error
+        # The rates are this command's, and the schedule's at this step.
+        self.scheduler.load_state_dict({"last_epoch": self.step - 1, "_step_count": self.step + 1, "lr_lambdas": []})
+        self.scheduler.step()
 
     def run(self, stop: StopSignals) -> signal.Signals | None:
         """The steps that are left, with the curve, the progress bar and the checkpoints. SIGTERM and Ctrl-C end it
@@ -404,7 +489,7 @@ class Training:
                     self.log(bar, statistics.fmean(losses), learning_rate, evaluate)
                     losses.clear()
                 if save:
-                    save_checkpoint(accelerator, self.folder, self.step, args.save_total_limit)
+                    save_checkpoint(accelerator, self.folder, self.step, args.save_total_limit, self.write)
                 if stops:
                     return stop.received or signal.SIGTERM
                 if is_last:
@@ -534,6 +619,7 @@ class Training:
             "data": {
                 "source": source,
                 "dataset": args.dataset_name,
+                "digest": blocks.digest,
                 "language": "code" if uses_default_data(args) else None,
                 "training_tokens": None if args.streaming else len(blocks.train) * args.block_size,
                 "held_out_tokens": len(blocks.validation) * args.block_size,
@@ -590,6 +676,7 @@ def use_all_cores() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     args = parse_args(arguments)
     error = None
     try:
@@ -600,7 +687,8 @@ def main(arguments: list[str] | None = None) -> None:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )
     except ValueError as refused:
-        raise SystemExit(f"error: {refused}") from None
+        print(f"error: {refused}", file=sys.stderr)
+        raise SystemExit(2) from None
     set_seed(args.seed)
     if accelerator.device.type == "cpu":
         use_all_cores()
@@ -618,6 +706,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"--with_tracking: no tracker of --report_to {args.report_to} is installed; trackio and tensorboard "
                 "come with `pip install -e '.[train]'`."
             )
+        require_known_sharing(accelerator)
         pieces = ContextPieces(accelerator, args.context_parallel_size)
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(accelerator, Path(args.output_dir), args.resume_from_checkpoint)
@@ -647,6 +736,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.with_tracking:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
+    training = None
     try:
         training = Training(args, accelerator, pieces, inputs, checkpoint)
         # One that comes after the last step waits until the model is saved, too.
@@ -661,7 +751,7 @@ def main(arguments: list[str] | None = None) -> None:
         who = "" if accelerator.num_processes == 1 else f"process {accelerator.process_index}: "
         print(f"error: {who}{failed}\nCheckpoints in {inputs.folder} are as they were.", flush=True)
         accelerator.end_training()
-        raise SystemExit(1) from None
+        raise SystemExit(2 if training is None else 1) from None
     if stopped is not None:
         accelerator.print(
             f"Stopped by {stopped.name} after step {training.step}, which checkpoint-{training.step} holds: the same "
@@ -675,7 +765,7 @@ def main(arguments: list[str] | None = None) -> None:
             HfApi().upload_folder(
                 repo_id=inputs.repository,
                 folder_path=inputs.folder,
-                ignore_patterns=["*checkpoint-*", "partial-*", ".cache*"],
+                ignore_patterns=["*checkpoint-*", f"{PARTIAL}*", ".cache*"],
             )
         show(inputs.folder, nats_per_byte, default_data=uses_default_data(args))
 

@@ -34,6 +34,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import pretrain as pretraining
+from arguments import integer, number, text
+from free_memory import keep_freed_memory
 from markdown_table import markdown_table
 from pretraining_runs import ROOT, PretrainingRun, pretrain
 from text_data import load_tokenizer
@@ -132,10 +134,9 @@ def plan(args: argparse.Namespace, passed: list[str]) -> list[Cell]:
     for name in SET_HERE:
         if any(word.split("=")[0] == f"--{name}" for word in passed):
             raise ValueError(f"--{name} is set for every run of the ladder; leave it out.")
-    if not 0 < args.min_operations < args.max_operations:
+    if args.min_operations >= args.max_operations:
         raise ValueError(
-            f"--min_operations {args.min_operations:g} must be positive and less than --max_operations "
-            f"{args.max_operations:g}."
+            f"--min_operations {args.min_operations:g} must be less than --max_operations {args.max_operations:g}."
         )
     tokenizer = load_tokenizer(flags.tokenizer_name)
     tokens_per_step = flags.block_size * flags.per_device_train_batch_size * flags.gradient_accumulation_steps
@@ -169,6 +170,7 @@ class Ladder:
         self.cells, self.folder, self.passed, self.workers = cells, folder, passed, workers
         self.threads = None if torch.cuda.is_available() else max(1, pretraining.available_cores() // workers)
         self.stopped = Event()
+        self.data = {}  # The digest of the runs' data, which is the same for all.
         # The largest budget is not searched with: that would cost as much as the rest of the ladder.
         self.searched = max(cell.budget for cell in cells) / 3
 
@@ -228,11 +230,15 @@ class Ladder:
         arguments = ["--model_type", cell.family, "--config_overrides", overrides(cell.family, cell.size)]
         arguments += ["--max_train_steps", str(cell.steps), "--learning_rate", f"{rate:g}", *self.passed]
         try:
-            return pretrain(folder, arguments, self.threads)
+            run = pretrain(folder, arguments, self.threads)
         except RuntimeError as error:
             if "lower --learning_rate" in str(error):
                 return None
             raise
+        digest = run.training["data"].get("digest")
+        if self.data.setdefault("digest", digest) != digest:
+            raise ValueError(f"{folder} holds a run with other data; move it away, or name another --output_dir.")
+        return run
 
     def _record(self, cell: Cell, rate: float, tried: dict[float, PretrainingRun | None]) -> dict:
         run = tried[rate]
@@ -428,24 +434,28 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--min_operations", type=float, default=1e10, help="The smallest budget (default 1e10).")
-    parser.add_argument("--max_operations", type=float, default=3e12, help="The largest, about (default 3e12).")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/scaling_law"), help="Below the repository's root."
+    keep_freed_memory()
+    # An abbreviated flag would be this script's or a passed one by what others there are.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    budget = number(above=0, below=1e30)
+    parser.add_argument("--min_operations", type=budget, default=1e10, help="The smallest budget (default 1e10).")
+    parser.add_argument("--max_operations", type=budget, default=3e12, help="The largest, about (default 3e12).")
+    parser.add_argument("--output_dir", type=text, default="runs/scaling_law", help="Below the repository's root.")
     workers = 1 if torch.cuda.is_available() else pretraining.available_cores()
     parser.add_argument(
-        "--workers", type=int, default=workers, help="Runs at a time (default one per core; on a GPU, 1)."
+        "--workers",
+        type=integer(at_least=1),
+        default=workers,
+        help="Runs at a time (default one per core; on a GPU, 1).",
     )
     args, passed = parser.parse_known_args()
     passed = [*DEFAULTS.split(), *passed]
-    if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}.")
     folder = ROOT / args.output_dir
     try:
         cells = plan(args, passed)
-        records = Ladder(cells, args.output_dir, passed, args.workers).run()
+        records = Ladder(cells, Path(args.output_dir), passed, args.workers).run()
     except (ValueError, RuntimeError) as error:
         parser.exit(2, f"error: {error}\n")
     fits = {name: fit([record for record in records if record["family"] == name]) for name in FAMILIES}

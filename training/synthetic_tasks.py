@@ -46,7 +46,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from arguments import Distinct, integer, number, text
+from arguments import seed as any_seed
 from cpu_processes import start_missing_processes
+from free_memory import keep_freed_memory
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, make_optimizer, parse_overrides
 from series_rivals import MIXERS, build
@@ -193,7 +196,11 @@ def make_config(task: Task, overrides: str | None) -> LrcSSMConfig:
     """Small, and one symbol a step: with a convolution, a neuron would count what it sees several times."""
     defaults = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "conv_kernel": 1}
     defaults |= {"initializer_range": 0.125, "initialization": "state_tracking"}
-    return LrcSSMConfig(**{**defaults, **parse_overrides("lrcssm", overrides), **task.sizes}, use_cache=False)
+    own = {**task.sizes, "use_cache": False}
+    values = parse_overrides("lrcssm", overrides)
+    if fixed := sorted(own.keys() & values.keys()):
+        raise ValueError(f"--config_overrides: the task sets {fixed[0]!r}; leave it out.")
+    return LrcSSMConfig(**{**defaults, **values, **own})
 
 
 # --- Training and testing -------------------------------------------------------------------------------------------
@@ -383,34 +390,34 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model", choices=MIXERS, default="lrcssm", help="lrcssm, or a rival of its size.")
     model.add_argument("--config_overrides", help='"num_hidden_layers=1,initialization=default".')
     train = parser.add_argument_group("training")
-    train.add_argument("--max_train_length", type=int, default=128)
-    train.add_argument("--max_train_steps", type=int, default=1500)
-    train.add_argument("--per_device_train_batch_size", type=int, default=32)
-    train.add_argument("--learning_rate", type=float, default=2e-3)
-    train.add_argument("--weight_decay", type=float, default=0.1, help="Of matrices; vectors do not decay.")
-    train.add_argument("--max_grad_norm", type=float, default=1.0)
-    train.add_argument("--eval_steps", type=int, default=250, help="Steps between points of the record's history.")
-    train.add_argument("--seeds", type=int, nargs="+", default=[0], help="Each is a run (default 0).")
+    train.add_argument("--max_train_length", type=integer(at_least=SHORTEST), default=128)
+    train.add_argument("--max_train_steps", type=integer(at_least=1), default=1500)
+    train.add_argument("--per_device_train_batch_size", type=integer(at_least=1), default=32)
+    train.add_argument("--learning_rate", type=number(above=0), default=2e-3)
+    train.add_argument(
+        "--weight_decay", type=number(at_least=0), default=0.1, help="Of matrices; vectors do not decay."
+    )
+    train.add_argument("--max_grad_norm", type=number(above=0), default=1.0)
+    train.add_argument(
+        "--eval_steps", type=integer(at_least=1), default=250, help="Steps between points of the record's history."
+    )
+    train.add_argument(
+        "--seeds", type=any_seed, nargs="+", action=Distinct, default=[0], help="Each is a run (default 0)."
+    )
     test = parser.add_argument_group("test")
-    test.add_argument("--max_eval_length", type=int, default=8192)
-    test.add_argument("--eval_tokens", type=int, default=32768, help="Of the sequences at each length.")
-    parser.add_argument("--output_dir", help="Default runs/TASK-MODEL.")
+    test.add_argument("--max_eval_length", type=integer(at_least=SHORTEST), default=8192)
+    test.add_argument("--eval_tokens", type=integer(at_least=1), default=32768, help="Of the sequences at each length.")
+    parser.add_argument("--output_dir", type=text, help="Default runs/TASK-MODEL.")
     args = parser.parse_args(arguments)
     if args.output_dir is None:
         args.output_dir = f"runs/{args.task}-{args.model}"
-    for name in ("max_train_steps", "per_device_train_batch_size", "eval_steps", "eval_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.max_train_length < SHORTEST:
-        parser.error(f"--max_train_length must be at least {SHORTEST}, got {args.max_train_length}.")
     if args.max_eval_length < args.max_train_length:
         parser.error(f"--max_eval_length must be at least --max_train_length, got {args.max_eval_length}.")
-    if args.learning_rate <= 0:
-        parser.error(f"--learning_rate must be positive, got {args.learning_rate}.")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
+    keep_freed_memory()
     args = parse_args(arguments)
     accelerator, runs = make_runs("training/synthetic_tasks.py", arguments, functools.partial(run_seeds, args))
     if accelerator.is_main_process:

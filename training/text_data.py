@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from arguments import integer, number, text
 from text_files import Rows, Texts, find_cause, find_column, in_pieces, is_text, name_errors, read_file
 from text_stream import TextStream
 from token_blocks import TokenBlocks, Tokens, describe_tokenizer, load_tokens
@@ -31,17 +32,22 @@ STREAM_HELD_OUT = 1000
 
 def add_text_arguments(parser) -> None:
     """The flags that say what is trained on and held out, the same for every script, to a parser or group."""
-    parser.add_argument("--dataset_name", help="Dataset on the Hub; by default the Python standard library's source.")
-    parser.add_argument("--dataset_config_name", help="Configuration of that dataset.")
-    parser.add_argument("--train_file", help="Text, JSON, CSV or Parquet file to use instead.")
-    parser.add_argument("--validation_file", help="Held-out file; by default a share of the training texts.")
-    parser.add_argument("--validation_split_percentage", type=float, default=5, help="That share (default 5).")
+    parser.add_argument(
+        "--dataset_name", type=text, help="Dataset on the Hub; by default the Python standard library's source."
+    )
+    parser.add_argument("--dataset_config_name", type=text, help="Configuration of that dataset.")
+    parser.add_argument("--train_file", type=text, help="Text, JSON, CSV or Parquet file to use instead.")
+    parser.add_argument("--validation_file", type=text, help="Held-out file; by default a share of the training texts.")
+    percentage = number(above=0, below=100)
+    parser.add_argument("--validation_split_percentage", type=percentage, default=5, help="That share (default 5).")
 
 
 def add_data_arguments(parser) -> None:
     """Those flags, and the length of the sequences that a model sees."""
     add_text_arguments(parser)
-    parser.add_argument("--block_size", type=int, default=512, help="Tokens per sequence (default 512).")
+    parser.add_argument(
+        "--block_size", type=integer(at_least=2), default=512, help="Tokens per sequence (default 512)."
+    )
     parser.add_argument(
         "--streaming",
         action="store_true",

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from free_memory import keep_freed_memory
 from text_data import END_OF_TEXT, add_text_arguments, byte_level, load_text
 from token_blocks import load_tokens
 from whole_files import whole_files
@@ -49,6 +50,7 @@ def _whole_words(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument("--vocab_size", type=int, default=1024, help="Number of tokens (default 1024).")

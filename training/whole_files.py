@@ -5,18 +5,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 
+# Of what is not whole yet: a name that nobody else gives a file, so that what a killed script leaves can be removed.
+PARTIAL = ".lrcssm-partial-"
+
+
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """A temporary folder, whose files are moved into this one when all of them are written."""
-    with tempfile.TemporaryDirectory(prefix="partial-", dir=folder) as partial:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial:
         yield Path(partial)
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
+
+
+def remove_partial(folder: Path) -> None:
+    """What a script that was killed while it wrote or removed something has left."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
