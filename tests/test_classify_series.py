@@ -21,7 +21,7 @@ import classify_series
 from classify_series import PAPER_SEEDS, MaskedSpans, main, make_config, parse_args, pretrain_trunk
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
 from series_data import load_npz, split
-from series_training import FitResult, fit
+from series_training import SCHEDULES, FitResult, fit
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,6 +267,7 @@ def test_bad_input_ends_before_training(arguments, message, tmp_path, monkeypatc
         (["--dataset_name", "X", "--seeds", "-1"], "--seeds: must be at least 0, got -1"),
         (["--dataset_name", "X", "--seeds", "1", "1"], "--seeds: 1 is given twice"),
         (["--dataset_name", "X", "--seeds"], "--seeds: expected at least one argument"),
+        (["--dataset_name", "X", "--lr_scheduler_type", "warmup_stable_decay"], "invalid choice"),
         (["--dataset_name", ""], "--dataset_name: must not be empty"),
         (["--data_file", ""], "--data_file: must not be empty"),
         (["--dataset_name", "X", "--output_dir", ""], "--output_dir: must not be empty"),
@@ -317,7 +318,7 @@ class Line(nn.Module):
         return ModelOutput(loss=(self.weight * x - y).square().mean())
 
 
-def fit_line(scores, patience, learning_rate=0.1, y=1.0):
+def fit_line(scores, patience, learning_rate=0.1, y=1.0, **options):
     """Fits with these scores in turn; returns the result, the model and its weight after each epoch."""
     model, weights, scores = Line(), [], iter(scores)
     loader = DataLoader([{"x": torch.ones(1), "y": torch.full((1,), y)}] * 4, batch_size=2)
@@ -327,7 +328,7 @@ def fit_line(scores, patience, learning_rate=0.1, y=1.0):
         weights.append(model.weight.item())
         return next(scores)
 
-    options = {"learning_rate": learning_rate, "epochs": 5, "patience": patience, "score": score, "seed": 0}
+    options |= {"learning_rate": learning_rate, "epochs": 5, "patience": patience, "score": score, "seed": 0}
     return fit(model, {"train": loader, "validation": loader}, Accelerator(cpu=True), **options), model, weights
 
 
@@ -346,6 +347,12 @@ def test_training_ends_when_patience_does():
 
 def test_equal_scores_are_decided_by_the_next_number():
     assert fit_line([(0.5, -3.0), (0.5, -2.0), (0.4, -1.0), (0.5, -2.5), (0.5, -2.0)], 9)[0].best_epoch == 2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_trains(schedule):
+    losses = [epoch["train_loss"] for epoch in fit_line([0.5] * 5, 9, lr_scheduler_type=schedule)[0].history]
+    assert len(losses) == 5 and losses[-1] < losses[0]
 
 
 def test_a_loss_that_is_not_finite_ends_training():

@@ -30,7 +30,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import SchedulerType
 from transformers.utils import ModelOutput
 
 from arguments import Distinct, integer, number, text
@@ -56,7 +55,7 @@ from series_data import (
     split,
 )
 from series_rivals import MIXERS, build
-from series_training import fit, make_runs
+from series_training import SCHEDULES, fit, make_runs
 from whole_files import whole_files, write_whole
 
 
@@ -121,8 +120,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--learning_rate", **rates, help="Each is tried; validation chooses.")
     train.add_argument("--weight_decay", type=number(at_least=0), help="Of matrices; vectors do not decay.")
     train.add_argument("--adam_beta2", type=number(at_least=0, below=1))
-    schedules = [schedule.value for schedule in SchedulerType]
-    train.add_argument("--lr_scheduler_type", choices=schedules, help="Over the epochs.")
+    train.add_argument("--lr_scheduler_type", choices=SCHEDULES, help="Over the epochs.")
     count = integer(at_least=1)
     train.add_argument("--num_train_epochs", type=count, help="At most.")
     train.add_argument("--patience", type=count, help="Epochs without improvement after which training ends.")

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, default_collate
-from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel, SchedulerType
+from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel
 
 from arguments import Distinct, integer, number, text
 from arguments import seed as any_seed
@@ -31,7 +31,7 @@ from forecast_report import Results, best_rate, middle, read_run, write_report
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, parse_overrides
 from series_rivals import MIXERS, build
-from series_training import FitResult, fit, make_runs
+from series_training import SCHEDULES, FitResult, fit, make_runs
 from whole_files import write_whole
 
 
@@ -75,8 +75,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--patience", type=count, default=20, help="Epochs without a better one (default 20).")
     rates = {"type": number(above=0), "nargs": "+", "action": Distinct, "default": [3e-3]}
     train.add_argument("--learning_rate", **rates, help="The best by validation is taken.")
-    schedules = [schedule.value for schedule in SchedulerType]
-    train.add_argument("--lr_scheduler_type", default="cosine", choices=schedules, help="Over the epochs.")
+    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULES, help="Over the epochs.")
     decay = {"type": number(at_least=0), "default": 0.01}
     train.add_argument("--weight_decay", **decay, help="Of matrices; vectors do not decay.")
     train.add_argument("--seeds", type=any_seed, nargs="+", action=Distinct, default=[0])

@@ -25,6 +25,10 @@ from pretrain import make_optimizer, use_all_cores
 
 
 Result = TypeVar("Result")
+# Of transformers' schedules, those that need to know the number of epochs only.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 # Higher is better; the further numbers of a tuple decide between equal first ones.
 Score = float | tuple[float, ...]
 
@@ -73,7 +77,7 @@ def fit(
     description: str = "Training",
 ) -> FitResult:
     """Trains with AdamW on `loaders["train"]`, whose batches are the arguments of a model that returns a `loss`; the
-    learning rate follows transformers' schedule of that name over the epochs.
+    learning rate follows transformers' schedule of that name, of SCHEDULES, over the epochs.
 
     After every epoch `score(model, loaders["validation"])` is taken, without gradients; when it has not improved for
     `patience` epochs, or the loss is no longer finite, training ends. The model then has the weights of the best epoch
