@@ -2,6 +2,7 @@
 """Labelled series are read as they are, split without leaks, and refused where they cannot be trained on."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,12 @@ def test_npz_of_any_numbers_is_float64_of_the_same(dtype, tmp_path):
 def test_class_names_in_bytes_are_text(y, tmp_path):
     data = load_npz(write_npz(tmp_path, X=X, y=y))
     assert data.classes == ["läuft", "ruht"] and data.labels.tolist() == [0, 1, 0]
+
+
+def test_a_file_may_have_any_name(tmp_path):
+    Path(write_npz(tmp_path, X=X, y=Y)).rename(tmp_path / "series of 2020.data")
+    data = load_npz(str(tmp_path / "series of 2020.data"))
+    assert data.name == "series of 2020" and data.classes == ["0", "1", "2"]
 
 
 X, Y = np.zeros((3, 4, 2)), np.arange(3)

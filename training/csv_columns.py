@@ -7,6 +7,7 @@ whether all values are percentages, is found out; where it can be read in two wa
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
@@ -36,6 +37,7 @@ def _number(decimal: str, group: str) -> re.Pattern:
     return re.compile(pattern, re.ASCII)
 
 
+_PLAIN = set("0123456789.+-eE")
 # By decimal mark.
 _PATTERNS = {".": _number(".", ","), ",": _number(",", ".")}
 _AS_FLOATS = {
@@ -54,20 +56,22 @@ class Columns(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """Cells without blanks around them, and the lines they are in; of percentages the numbers alone."""
+    """Cells without blanks around them, of percentages the numbers alone; the lines they are in; which have a value."""
 
     name: str
     cells: list[str]
     lines: list[int]
+    present: list[int]
     is_named: bool
     is_percent: bool
 
     @classmethod
-    def of(cls, number: int, name: str, cells: tuple[str, ...], lines: list[int]) -> _Column:
-        present = [cell for cell in cells if not _is_missing(cell)]
-        is_percent = bool(present) and all(cell.endswith("%") for cell in present)
-        cells = [cell.removesuffix("%").rstrip() if is_percent else cell for cell in cells]
-        return cls(name or f"column {number}", cells, lines, bool(name), is_percent)
+    def of(cls, number: int, name: str, cells: list[str], lines: list[int]) -> _Column:
+        present = [index for index, cell in enumerate(cells) if cell.lower() not in MISSING]
+        is_percent = bool(present) and all(cells[index].endswith("%") for index in present)
+        if is_percent:
+            cells = [cell.removesuffix("%").rstrip() for cell in cells]
+        return cls(name or f"column {number}", cells, lines, present, bool(name), is_percent)
 
     def refusal(self, index: int, problem: str) -> ValueError:
         """What is wrong with a cell."""
@@ -103,7 +107,7 @@ def read_columns(path: Path, wanted: list[str] | None = None) -> Columns:
             continue
         _check_digits(column, numbers)
         found.append((column, numbers))
-        missing.update(filter(_is_missing, column.cells))
+        missing.update(column.cells[index] for index in np.flatnonzero(np.isnan(numbers.values)))
     _check_marks(found)
     names = [column.name + " (%)" * column.is_percent for column, _ in found]
     _check_distinct(names)
@@ -118,20 +122,21 @@ def choose(columns: dict[str, Value], wanted: list[str] | None) -> dict[str, Val
     return columns if wanted is None else {name: columns[name] for name in wanted}
 
 
-def _is_missing(cell: str) -> bool:
-    return cell.lower() in MISSING
-
-
 def _read(column: _Column, must_be_numbers: bool) -> _Numbers | None:
     """The column's numbers; None where most of its values are none, unless they have to be.
 
     Raises:
         ValueError: it has no values, a few that are no numbers, or some that are two.
     """
-    present = [index for index, cell in enumerate(column.cells) if not _is_missing(cell)]
-    cells = [column.cells[index] for index in present]
+    present, cells = column.present, [column.cells[index] for index in column.present]
+    values = np.full(len(column.cells), np.nan)
     if not present and column.is_named and column.cells:
         raise ValueError(f"the column {column.name!r} holds no values; leave it out with --columns.")
+    if set("".join(cells)) <= _PLAIN:
+        # Most files are such, and some are large. What is no number in spite of its signs is found below.
+        with contextlib.suppress(ValueError):
+            values[present] = [float(cell) for cell in cells]
+            return _Numbers(values, ".")
     matches = {mark: [bool(pattern.fullmatch(cell)) for cell in cells] for mark, pattern in _PATTERNS.items()}
     mark = max(matches, key=lambda mark: sum(matches[mark]))
     count = sum(matches[mark])
@@ -144,11 +149,8 @@ def _read(column: _Column, must_be_numbers: bool) -> _Numbers | None:
     if any("," in cell for cell in cells) and all(map(all, matches.values())):
         index = next(index for index in present if _is_twofold(column.cells[index]))
         ways = " or ".join(f"{_float(column.cells[index], mark):.17g}" for mark in ",.")
-        problem = (
-            f"is {ways}, and no other value of the column decides; write it with a decimal point, or without a comma"
-        )
-        raise column.refusal(index, problem)
-    values = np.full(len(column.cells), np.nan)
+        problem = f"is {ways}, and no other value of the column decides"
+        raise column.refusal(index, f"{problem}; write it with a decimal point, or without a comma")
     values[present] = [_float(cell, mark) for cell in cells]
     return _Numbers(values, mark)
 
@@ -222,7 +224,7 @@ def _split(text: str) -> list[_Column]:
         raise ValueError(f"line {rows[-1][0]}, the last, has no values; remove the empty rows at the end.")
     _check_names(names)
     lines = [line for line, _ in rows]
-    columns = zip(*(row for _, row in rows)) if rows else [()] * len(names)
+    columns = [[row[index] for _, row in rows] for index in range(len(names))]
     return [_Column.of(number, name, cells, lines) for number, (name, cells) in enumerate(zip(names, columns), start=1)]
 
 
@@ -232,7 +234,7 @@ def _fields(text: str, separator: str = ",") -> list[tuple[int, list[str]]]:
     table, gap = [], None
     try:
         for row in reader:
-            row = [cell.strip() for cell in row]
+            row = list(map(str.strip, row))
             if row in ([], [""]):
                 gap = gap or (table and reader.line_num)
             elif gap and len(table[0][1]) == 1:
@@ -285,7 +287,10 @@ def _describe_place(column: _Column, values: np.ndarray) -> str | None:
         return f"{change} by {abs(steps[0]):g} with every row, as row numbers and times do"
     if is_steady and _TIME.search(column.name):
         if steps[0] < 0:
-            raise ValueError(f"the times in the column {column.name!r} fall; sort the rows, the oldest first.")
+            raise ValueError(
+                f"the times in the column {column.name!r} fall; sort the rows, the oldest first, or if these are no "
+                "times, say which columns are channels with --columns."
+            )
         return "rises with every row, as times do"
     if not column.is_named:
         if np.isnan(values).all():
@@ -298,7 +303,7 @@ def _describe_text(column: _Column) -> str:
     """What else than numbers a column holds; raises a `ValueError` if these are times that do not rise."""
     times = pd.to_datetime(pd.Series(column.cells), format="ISO8601", utc=True, errors="coerce")
     if len(times) < 3 or times.isna().any():
-        return f"text, such as {next(cell for cell in column.cells if not _is_missing(cell))!r}"
+        return f"text, such as {column.cells[column.present[0]]!r}"
     steps, nothing = times.diff().iloc[1:], pd.Timedelta(0)
     # Local time goes back by an hour in autumn.
     if (steps < -_HOUR).any() or (steps <= nothing).mean() > 0.1:
