@@ -247,10 +247,10 @@ def test_statistics_of_small_changes_far_from_zero(origin):
     """Of values that float64 holds, against whole numbers in Python; the first is far from all others."""
     numbers = np.random.default_rng(0).integers(-50, 50, 20_000)
     numbers[0] = 10_000
-    mean, deviation = channel_moments((numbers + origin)[:, None])
+    mean, deviation = channel_moments((numbers + origin)[:, None].repeat(3, 1))
     variance = sum((20_000 * int(x) - int(numbers.sum())) ** 2 for x in numbers) / 20_000**3
-    assert mean - origin == pytest.approx(numbers.mean(), abs=1e-12 + 1e-15 * abs(origin))
-    assert deviation == pytest.approx(variance**0.5, rel=1e-9)
+    assert mean - origin == pytest.approx([numbers.mean()] * 3, rel=0, abs=1e-12 + np.spacing(abs(origin)))
+    assert deviation == pytest.approx([variance**0.5] * 3, rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e9, 1e9 + 0.1, -1e-12, 1e200])
