@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .host import CACHE
-from .series import last_observed, observed_values, require_features, require_finite, series_statistics
+from .series import in_full, last_observed, observed_values, require_features, require_finite, series_statistics
 from .steps import LrcSSMSteps, take
 
 
@@ -72,7 +72,7 @@ class ForecastingMixin:
         mean, deviation = statistics
         latest = last_observed(steps.pack((values - mean).masked_fill(~observed, 0)), steps.pack(observed)) + mean
         start = take(latest, (ends - 1).clamp(min=0))
-        change = self.score(hidden_states).float().unflatten(-1, (config.prediction_length, channels, -1))
+        change = in_full(self.score(hidden_states)).unflatten(-1, (config.prediction_length, channels, -1))
         forecasts = start[:, :, None, :, None] + change.to(start.device) * deviation[:, :, None, :, None]
         return forecasts if config.quantiles else forecasts.squeeze(-1), ends
 
@@ -91,14 +91,18 @@ class ForecastingMixin:
         if future_values.shape != (batch, ahead, channels):
             expected = (batch, ahead, channels)
             raise ValueError(f"`future_values` must have shape {expected}, got {tuple(future_values.shape)}.")
-        future_values, future_observed = observed_values(future_values, None, future_observed_mask)
+        future_values, future_observed = observed_values(
+            future_values, None, future_observed_mask, "future_observed_mask"
+        )
         require_finite("future_values", future_values)
+        dtype = torch.promote_types(values.dtype, future_values.dtype)
+        values, future_values = values.to(dtype), future_values.to(dtype)
 
         # In packed order the future follows each row's last real step.
         lengths = ends.new_full((batch,), length) if steps.lengths is None else steps.lengths
         following = torch.arange(ahead, device=values.device)
         places = (lengths[:, None] + following)[..., None].expand_as(future_values)
-        whole = F.pad(steps.pack(values), (0, 0, 0, ahead)).scatter(1, places, future_values.to(values.dtype))
+        whole = F.pad(steps.pack(values), (0, 0, 0, ahead)).scatter(1, places, future_values)
         known = F.pad(steps.pack(observed), (0, 0, 0, ahead)).scatter(1, places, future_observed)
         index = (ends[..., None] + following).flatten(1)
         targets, known = (take(each, index).unflatten(1, (-1, ahead)) for each in (whole, known))

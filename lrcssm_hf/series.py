@@ -10,36 +10,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .steps import as_mask, may_look
+
 
 # As in transformers' PatchTST: keeps a constant channel from being blown up.
 _MINIMUM_VARIANCE = 1e-5
 
 
-def observed_values(values: Tensor, mask: Tensor | None, observed_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The values (B, T, C), float32 at least and 0 where there is none, and which there are, bool, by the mask of the
-    steps (B, T) and that of the values (B, T, C)."""
+def in_full(values: Tensor) -> Tensor:
+    """The values in a floating type that holds them: float32 at least, float64 for integers beyond 16 bits."""
+    if values.is_complex():
+        raise ValueError(
+            f"Values of series must be real, got {values.dtype}; pass real and imaginary parts as channels."
+        )
+    is_integer = not values.is_floating_point() and values.dtype != torch.bool
+    lowest = torch.float64 if is_integer and values.element_size() > 2 else torch.float32
+    return values.to(torch.promote_types(values.dtype, lowest))
+
+
+def observed_values(
+    values: Tensor, mask: Tensor | None, observed_mask: Tensor | None, name: str = "observed_mask"
+) -> tuple[Tensor, Tensor]:
+    """The values (B, T, C), as of `in_full` and 0 where there is none, and which there are, bool, by the mask of the
+    steps (B, T) and that of the values (B, T, C), an argument of this name."""
     if observed_mask is None:
         observed = torch.ones_like(values, dtype=torch.bool)
     elif observed_mask.shape == values.shape:
-        observed = observed_mask.bool()
+        observed = as_mask(name, observed_mask)
     else:
-        raise ValueError(f"`observed_mask` must have shape {tuple(values.shape)}, got {tuple(observed_mask.shape)}.")
+        raise ValueError(f"`{name}` must have shape {tuple(values.shape)}, got {tuple(observed_mask.shape)}.")
     if mask is not None:
         observed = observed & mask.unsqueeze(-1)
-    return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~observed, 0), observed
+    return in_full(values).masked_fill(~observed, 0), observed
 
 
 def series_statistics(values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel of every series over its observed values, each (B, 1, C).
+    """Mean and standard deviation of every channel of every series over its observed values, each (B, 1, C), in the
+    precision of the values, float32 at least.
 
     Args:
         values, observed: (B, T, C), real and bool; what is not observed may be anything.
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~observed, 0)
+    values = in_full(values).masked_fill(~observed, 0)
     count = observed.sum(1, keepdim=True).clamp(min=1)
     mean = values.sum(1, keepdim=True) / count
-    variance = (values - mean).masked_fill(~observed, 0).square().sum(1, keepdim=True) / count
-    return mean, (variance + _MINIMUM_VARIANCE).sqrt()
+    # What rounding took from the sum of large values.
+    mean = mean + (values - mean).masked_fill(~observed, 0).sum(1, keepdim=True) / count
+    spread = (values - mean).masked_fill(~observed, 0)
+    # In this unit no square overflows.
+    unit = spread.detach().abs().amax(1, keepdim=True).clamp(min=1)
+    variance = (spread / unit).square().sum(1, keepdim=True) / count
+    return mean, (variance + _MINIMUM_VARIANCE / unit.square()).sqrt() * unit
 
 
 def last_observed(values: Tensor, observed: Tensor) -> Tensor:
@@ -61,5 +82,5 @@ def require_features(name: str, features: Tensor | None, shape: tuple[int, ...])
 
 def require_finite(name: str, values: Tensor) -> None:
     """On the CPU only: elsewhere the check would stall the device's queue."""
-    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not values.isfinite().all():
+    if may_look(values) and not values.isfinite().all():
         raise ValueError(f"`{name}` holds NaN or infinite values at unmasked steps; fill or mask them.")

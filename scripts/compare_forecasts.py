@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from arguments import text  # noqa: E402
 from forecast_report import Results  # noqa: E402
 from forecast_series import Study, parse_args  # noqa: E402
 from free_memory import keep_freed_memory  # noqa: E402
@@ -44,7 +46,7 @@ SERIES = {
 MODELS = {"lrcssm": 128, "lru": 128, "s5": 128, "mamba": 128, "patchtst": 512, "seasonal-naive": 128}
 
 
-def plan(runs_dir: Path, series: dict[str, dict], models: dict[str, int], budget: str) -> list[list[str]]:
+def plan(runs_dir: str, series: dict[str, dict], models: dict[str, int], budget: str) -> list[list[str]]:
     """The arguments of forecast_series.py for every series, horizon and model."""
     plans = []
     for name, options in series.items():
@@ -62,8 +64,8 @@ def plan(runs_dir: Path, series: dict[str, dict], models: dict[str, int], budget
 
 def compare(plans: list[list[str]]) -> Results:
     """Makes the runs that are not there yet; whatever cannot be run is refused before the first."""
-    accelerator = Accelerator()
-    studies = [Study(parse_args(arguments), accelerator) for arguments in plans]
+    accelerator, script = Accelerator(), ["accelerate", "launch", "training/forecast_series.py"]
+    studies = [Study(parse_args(arguments), accelerator, shlex.join([*script, *arguments])) for arguments in plans]
     bar = tqdm(studies, desc="Series, horizons, models")
     return Results([run for study in bar for run in study.run_all()])
 
@@ -76,14 +78,14 @@ def write(results: Results, folder: Path) -> None:
         results.plot_forecasts(name, folder / f"forecast_{name}.png")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs/forecast_study"), help="Folder of the runs.")
-    args = parser.parse_args()
+    parser.add_argument("--runs_dir", type=text, default="runs/forecast_study", help="Folder of the runs.")
+    args = parser.parse_args(arguments)
     try:
         results = compare(plan(args.runs_dir, SERIES, MODELS, BUDGET))
-    except ValueError as refused:
+    except (ValueError, OSError) as refused:
         parser.exit(2, f"error: {refused}\n")
     write(results, RESULTS)
     print(results.tables())

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
+from arguments import integer, text  # noqa: E402
 from classify_series import PAPER_SEEDS, classify, mean_and_deviation, parse_args  # noqa: E402
 from free_memory import keep_freed_memory  # noqa: E402
 from markdown_table import markdown_table  # noqa: E402
@@ -245,13 +246,16 @@ def plot_ranks(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data_dir", help="Folder of .npz files, for sets that aeon has not or would download.")
-    parser.add_argument("--runs_dir", default="runs", help="Folder of the runs (default runs).")
-    parser.add_argument("--num_processes", type=int, default=1, help="Runs at a time, of one thread each (default 1).")
-    args = parser.parse_args()
+    parser.add_argument("--data_dir", type=text, help="Folder of .npz files, for sets that aeon has not, or downloads.")
+    parser.add_argument("--runs_dir", type=text, default="runs", help="Folder of the runs (default runs).")
+    processes = {"type": integer(at_least=1), "default": 1}
+    parser.add_argument("--num_processes", **processes, help="Runs at a time, of one thread each (default 1).")
+    args = parser.parse_args(arguments)
+    if args.data_dir is not None and not Path(args.data_dir).is_dir():
+        parser.error(f"--data_dir {args.data_dir!r} is no folder.")
     study = STUDIES[args.study]
     # Read by the workers' libraries when they are imported.
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"

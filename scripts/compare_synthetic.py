@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
 sys.path.insert(0, str(ROOT / "training"))
 
+from arguments import integer, text  # noqa: E402
 from classify_series import mean_and_deviation  # noqa: E402
 from free_memory import keep_freed_memory  # noqa: E402
 from synthetic_tasks import TASKS, parse_args, plot_accuracy, run_seeds  # noqa: E402
@@ -69,11 +70,11 @@ def compare(runs_dir: str, run_all: Callable, output: Path = RESULTS) -> dict:
     pairs = [(task, model) for task in TRAINING for model in MODELS]
     with tqdm(total=len(pairs) * len(SEEDS), desc="Runs") as bar:
         for seed in SEEDS:
-            plans = [
-                f"--task {task} --model {model} {TRAINING[task]} --seeds {seed} --output_dir {runs_dir}/{task}-{model}"
-                for task, model in pairs
-            ]
-            for (task, model), record in zip(pairs, run_all(run, map(shlex.split, plans))):
+            plans = []
+            for task, model in pairs:
+                plan = f"--task {task} --model {model} {TRAINING[task]} --seeds {seed} --output_dir".split()
+                plans.append([*plan, f"{runs_dir}/{task}-{model}"])
+            for (task, model), record in zip(pairs, run_all(run, plans)):
                 kept = {name: record[name] for name in ("seed", "parameters", "accuracy", "command")}
                 results["runs"][task][model].append(kept)
                 bar.update()
@@ -129,11 +130,12 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs_dir", default="runs/state_tracking", help="Folder of the runs.")
-    parser.add_argument("--num_processes", type=int, default=1, help="Runs at a time, of one thread each (default 1).")
-    args = parser.parse_args()
+    parser.add_argument("--runs_dir", type=text, default="runs/state_tracking", help="Folder of the runs.")
+    processes = {"type": integer(at_least=1), "default": 1}
+    parser.add_argument("--num_processes", **processes, help="Runs at a time, of one thread each (default 1).")
+    args = parser.parse_args(arguments)
     # Read by the workers' libraries when they are imported.
     os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.num_processes, get_context("spawn"), keep_freed_memory) as workers:

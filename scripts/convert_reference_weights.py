@@ -23,9 +23,11 @@ from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
+from arguments import text
 from whole_files import whole_files
 
 
+MODULES = ("encoder", "cells", "mlps", "classifier")
 # The names of a layer's neurons' parameters: ours -> theirs.
 SENSORY = {"sensory_scale": "weight_sensory_sigma", "sensory_shift": "weight_sensory_mu"}
 STATE = {
@@ -61,13 +63,16 @@ def convert(arrays: dict[str, Tensor], elastance: str = "asymmetric") -> LrcSSMF
     """The model with these weights, in their precision.
 
     Raises:
-        ValueError: an array is missing or has another shape than the others imply.
+        ValueError: an array is missing or has no place in the model, has another shape or precision than the others,
+            or holds what is not finite.
     """
+    used = set()
     layers = len({name.split(".")[1] for name in arrays if name.startswith("cells.")})
 
     def array(name: str) -> Tensor:
         if name not in arrays or arrays[name].dim() == 0:
             raise ValueError(f"The weights have no array {name!r}; is this the authors' classifier?")
+        used.add(name)
         return arrays[name]
 
     encoder, mlp = array("encoder.layers.0.weight"), array("mlps.0.layers.0.weight")
@@ -98,6 +103,17 @@ def convert(arrays: dict[str, Tensor], elastance: str = "asymmetric") -> LrcSSMF
         for their_layer, our_layer in ((0, 0), (1, 2)):
             for name in ("weight", "bias"):
                 weights[f"{ours}.{our_layer}.{name}"] = array(f"{theirs}.layers.{their_layer}.{name}")
+    # Of an asymmetric elastance, the shifts play no part.
+    unused = {name for name in arrays if name.split(".")[0] in MODULES and not name.endswith("elastance_shift")} - used
+    if unused:
+        raise ValueError(f"The model has no place for {min(unused)!r} ({len(unused)} such arrays).")
+    for name in sorted(used):
+        if arrays[name].dtype != encoder.dtype:
+            raise ValueError(
+                f"{name!r} is {arrays[name].dtype}, and the encoder {encoder.dtype}; save all in one type."
+            )
+        if not arrays[name].isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or infinite values.")
     model = LrcSSMForSequenceClassification(config).to(encoder.dtype).eval()
     try:
         model.load_state_dict(weights)
@@ -108,16 +124,17 @@ def convert(arrays: dict[str, Tensor], elastance: str = "asymmetric") -> LrcSSMF
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", metavar="IN.npz")
-    parser.add_argument("output_dir", metavar="OUT_DIR", type=Path)
+    parser.add_argument("weights", metavar="IN.npz", type=text)
+    parser.add_argument("output_dir", metavar="OUT_DIR", type=text)
     parser.add_argument(
         "--elastance", default="asymmetric", choices=["asymmetric", "symmetric"], help="That of the cells (asymmetric)."
     )
     args = parser.parse_args(arguments)
     try:
         model = convert(read(args.weights), args.elastance)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with whole_files(args.output_dir) as partial:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_files(folder) as partial:
             model.save_pretrained(partial)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -14,6 +14,7 @@ Writes scripts/results/irregular_sampling.json and .md; a finished run is not ru
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -29,12 +30,13 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
 
+from arguments import text  # noqa: E402
 from classify_series import PAPER_SEEDS, accuracy, predict  # noqa: E402
-from free_memory import keep_freed_memory  # noqa: E402
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification  # noqa: E402
-from pretrain import describe_environment  # noqa: E402
+from pretrain import describe_environment, make_folder  # noqa: E402
+from run_records import read_record  # noqa: E402
 from series_data import channel_statistics, check, collate, load_archive, make_rows, split  # noqa: E402
-from series_training import fit  # noqa: E402
+from series_training import fit, make_runs  # noqa: E402
 from whole_files import write_whole  # noqa: E402
 
 
@@ -135,21 +137,29 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results_dir", type=Path, default=RESULTS, help="Folder of the two files.")
-    args = parser.parse_args(arguments)
-    accelerator = Accelerator()
-    path = args.results_dir / "irregular_sampling.json"
-    results = json.loads(path.read_text()) if path.exists() else {"sets": {}}
+def measure_all(folder: Path, accelerator: Accelerator, command: str) -> dict:
+    """What is not there yet is measured and written, run by run; returns all.
+
+    Raises:
+        ValueError: the folder cannot be written, what is there is broken, or a set cannot be loaded.
+    """
+    path = make_folder(str(folder)) / "irregular_sampling.json"
+    results = read_record(path, {"sets": dict}) if path.exists() else {"sets": {}}
     for name, seed in tqdm([(name, seed) for name in DATA_SETS for seed in SEEDS], desc="Runs"):
         runs = results["sets"].setdefault(name, {})
         if str(seed) not in runs:
             runs[str(seed)] = measure(name, seed, accelerator)
             write_whole(path, json.dumps(results, indent=1) + "\n")
     write_whole(path.with_suffix(".md"), table(results))
-    print(table(results))
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results_dir", type=text, default=str(RESULTS), help="Folder of the two files.")
+    args = parser.parse_args(arguments)
+    work = functools.partial(measure_all, Path(args.results_dir))
+    print(table(make_runs("scripts/measure_irregular.py", arguments, work)[1]))
 
 
 if __name__ == "__main__":

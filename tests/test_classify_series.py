@@ -2,6 +2,7 @@
 """The classifier learns, chooses by validation alone, tests once, and does not do again what is done."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import classify_series
 from classify_series import PAPER_SEEDS, MaskedSpans, main, make_config, parse_args, pretrain_trunk
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceClassification
 from series_data import load_npz, split
-from series_training import FitResult, fit
+from series_training import SCHEDULES, FitResult, fit
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,8 +93,8 @@ def test_the_saved_model_is_the_best_runs_and_gives_its_test_accuracy(trained):
     assert model.config.id2label == {0: "falling", 1: "rising"} and model.config.label2id["rising"] == 1
     best = max(runs.values(), key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
     data = load_npz(folder / "waves.npz")
-    values = torch.from_numpy(np.stack(data.series))
-    values = (values - torch.tensor(model.config.channel_mean)) / torch.tensor(model.config.channel_deviation)
+    mean, deviation = np.array(model.config.channel_mean), np.array(model.config.channel_deviation)
+    values = torch.from_numpy((np.stack(data.series) - mean) / deviation).float()
     parts = split(data, best["seed"])
     # The other channel's scale is a hundred times larger, and it is all the same to the model.
     assert values[parts["train"]].std((0, 1)).tolist() == pytest.approx([1, 1], abs=0.01)
@@ -175,9 +176,58 @@ def test_unequal_lengths_missing_values_and_times(tmp_path):
     values = np.load(write_waves(tmp_path))["X"]
     values[3, 4, 1] = np.nan
     lengths = np.random.default_rng(0).integers(6, 13, len(values))
+    lengths[5] = 1
     write_waves(tmp_path, X=values, lengths=lengths, time_deltas=np.full(values.shape[:2], 0.5))
     (run,) = classify(tmp_path, "--missing_values", "--self_pretrain", "--num_pretrain_epochs", "1").values()
-    assert run["test_accuracy"] > 0.5 and run["data"]["steps"] == [6, 12]
+    assert run["test_accuracy"] > 0.5 and run["data"]["steps"] == [1, 12]
+
+
+def test_where_the_series_are_makes_no_difference(tmp_path, trained):
+    """A hundred thousand million away, in float64, and with class names in bytes."""
+    waves = np.load(trained[0] / "waves.npz")
+    write_waves(tmp_path, X=np.round(waves["X"], 4) + 2.0**36, y=waves["y"].astype("S"))
+    (tmp_path / "here").mkdir()
+    write_waves(tmp_path / "here", X=np.round(waves["X"], 4), y=waves["y"])
+    (there,), (here,) = (classify(folder, "--seeds", "1").values() for folder in (tmp_path, tmp_path / "here"))
+    assert there["test_accuracy"] == here["test_accuracy"] >= 0.8
+    assert there["validation_loss"] == pytest.approx(here["validation_loss"], rel=1e-2)
+    config = LrcSSMConfig.from_pretrained(tmp_path / "run")
+    assert config.id2label == {0: "falling", 1: "rising"} and there["data"]["classes"] == ["falling", "rising"]
+    data = load_npz(tmp_path / "waves.npz")
+    train = np.concatenate([data.series[i] for i in split(data, 1)["train"]])
+    assert config.channel_mean == pytest.approx([math.fsum(x) / len(x) for x in train.T], rel=0, abs=2e-5)
+    assert config.channel_deviation == pytest.approx(train.std(0), rel=1e-6)
+
+
+def test_times_in_seconds_are_refused_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classify_series, "train_network", None)
+    write_waves(tmp_path, time_deltas=np.full((60, 12), 3600))
+    with pytest.raises(SystemExit) as exit:
+        classify(tmp_path)
+    assert exit.value.code == 2
+    assert "error: `time_deltas` of waves must be in units of the regular step; their" in (
+        error := capsys.readouterr().err
+    )
+    assert "Divide them by 3600" in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:100], "seed-1.json is not the record of a run: "),
+        (lambda text: "", "seed-1.json is not the record of a run: "),
+        (lambda text: "[]", "seed-1.json is not the record of a run: it holds no names and values"),
+        (lambda text: text.replace('"settings"', '"sittings"'), "it has no 'settings' of type dict"),
+        (lambda text: text.replace('"seed": 1', '"seed": 2'), "seed-1.json is the run with seed 2"),
+    ],
+)
+def test_a_broken_record_is_named(damage, message, finished, capsys, monkeypatch):
+    monkeypatch.setattr(classify_series, "train_network", None)
+    record = finished / "run" / "seed-1.json"
+    record.write_text(damage(record.read_text()))
+    with pytest.raises(SystemExit) as exit:
+        classify(finished, "--seeds", "1", "2")
+    assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,8 +256,22 @@ def test_bad_input_ends_before_training(arguments, message, tmp_path, monkeypatc
     [
         (["--dataset_name", "BasicMotions", "--data_file", "x.npz"], "not allowed with"),
         ([], "required"),
-        (["--dataset_name", "X", "--patience", "0"], "--patience must be at least 1, got 0"),
-        (["--dataset_name", "X", "--learning_rate", "1e-3", "-1"], "--learning_rate must be positive, got -1"),
+        (["--dataset_name", "X", "--patience", "0"], "--patience: must be at least 1, got 0"),
+        (["--dataset_name", "X", "--learning_rate", "1e-3", "-1"], "--learning_rate: must be above 0, got -1"),
+        (["--dataset_name", "X", "--learning_rate", "nan"], "--learning_rate: must be a finite number, got nan"),
+        (["--dataset_name", "X", "--learning_rate", "1e-3", "0.001"], "--learning_rate: 0.001 is given twice"),
+        (["--dataset_name", "X", "--weight_decay", "-1"], "--weight_decay: must be at least 0, got -1"),
+        (["--dataset_name", "X", "--adam_beta2", "2"], "--adam_beta2: must be below 1, got 2"),
+        (["--dataset_name", "X", "--num_train_epochs", "0"], "--num_train_epochs: must be at least 1, got 0"),
+        (["--dataset_name", "X", "--num_pretrain_epochs", "-1"], "--num_pretrain_epochs: must be at least 1, got -1"),
+        (["--dataset_name", "X", "--per_device_train_batch_size", "0"], "_batch_size: must be at least 1, got 0"),
+        (["--dataset_name", "X", "--seeds", "-1"], "--seeds: must be at least 0, got -1"),
+        (["--dataset_name", "X", "--seeds", "1", "1"], "--seeds: 1 is given twice"),
+        (["--dataset_name", "X", "--seeds"], "--seeds: expected at least one argument"),
+        (["--dataset_name", "X", "--lr_scheduler_type", "warmup_stable_decay"], "invalid choice"),
+        (["--dataset_name", ""], "--dataset_name: must not be empty"),
+        (["--data_file", ""], "--data_file: must not be empty"),
+        (["--dataset_name", "X", "--output_dir", ""], "--output_dir: must not be empty"),
         (["--dataset_name", "X", "--model", "minirocket", "--self_pretrain"], "not for minirocket"),
     ],
 )
@@ -255,7 +319,7 @@ class Line(nn.Module):
         return ModelOutput(loss=(self.weight * x - y).square().mean())
 
 
-def fit_line(scores, patience, learning_rate=0.1, y=1.0):
+def fit_line(scores, patience, learning_rate=0.1, y=1.0, **options):
     """Fits with these scores in turn; returns the result, the model and its weight after each epoch."""
     model, weights, scores = Line(), [], iter(scores)
     loader = DataLoader([{"x": torch.ones(1), "y": torch.full((1,), y)}] * 4, batch_size=2)
@@ -265,7 +329,7 @@ def fit_line(scores, patience, learning_rate=0.1, y=1.0):
         weights.append(model.weight.item())
         return next(scores)
 
-    options = {"learning_rate": learning_rate, "epochs": 5, "patience": patience, "score": score, "seed": 0}
+    options |= {"learning_rate": learning_rate, "epochs": 5, "patience": patience, "score": score, "seed": 0}
     return fit(model, {"train": loader, "validation": loader}, Accelerator(cpu=True), **options), model, weights
 
 
@@ -286,9 +350,22 @@ def test_equal_scores_are_decided_by_the_next_number():
     assert fit_line([(0.5, -3.0), (0.5, -2.0), (0.4, -1.0), (0.5, -2.5), (0.5, -2.0)], 9)[0].best_epoch == 2
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_trains(schedule):
+    losses = [epoch["train_loss"] for epoch in fit_line([0.5] * 5, 9, lr_scheduler_type=schedule)[0].history]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
 def test_a_loss_that_is_not_finite_ends_training():
-    with pytest.raises(ValueError, match=r"The loss is nan in the first epoch; lower --learning_rate \(0.1\)"):
-        fit_line([0.5], patience=2, y=float("nan"))
+    with pytest.raises(ValueError, match=r"The loss is inf in the first epoch; lower --learning_rate \(1e\+30\)"):
+        fit_line([0.5], patience=2, learning_rate=1e30)
+
+
+@pytest.mark.parametrize(("y", "seen"), [(float("nan"), "`y` from nan to nan"), (1e30, "`y` from 1e+30 to 1e+30")])
+def test_data_that_have_no_loss_are_not_blamed_on_the_learning_rate(y, seen):
+    with pytest.raises(ValueError, match="loss of 2 batches is not finite before anything is learned") as refused:
+        fit_line([0.5], patience=2, y=y)
+    assert f"`x` from 1 to 1, {seen}." in str(refused.value) and "lower" not in str(refused.value)
 
 
 # --- Self-pretraining ---

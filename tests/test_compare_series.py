@@ -114,6 +114,21 @@ def test_the_networks_are_of_equal_size(channels, steps, classes):
     assert len(sizes) == 7 and max(sizes) < 1.1 * sizes[0] and min(sizes) > 0.9 * sizes[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes", "0"], "--num_processes: must be at least 1, got 0"),
+        (["--data_dir", "missing"], "--data_dir 'missing' is no folder"),
+        (["--data_dir", ""], "--data_dir: must not be empty"),
+        (["--runs_dir", ""], "--runs_dir: must not be empty"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare_series.main(["models", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_variants_of_a_study_differ_in_what_they_say_only():
     for study in STUDIES.values():
         common = None

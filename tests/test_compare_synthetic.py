@@ -22,7 +22,8 @@ def fake_run(arguments):
 
 def test_the_table_says_what_the_runs_say(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_synthetic, "run", fake_run)
-    results = compare("runs", map, tmp_path)
+    results = compare("runs of mine", map, tmp_path)
+    assert results["runs"]["s3"]["lru"][1]["command"].endswith("--seeds 1 --output_dir runs of mine/s3-lru")
     text = (tmp_path / "state_tracking.md").read_text()
     assert text == table(json.loads((tmp_path / "state_tracking.json").read_text())) == table(results)
     assert (tmp_path / "state_tracking.png").exists()
@@ -50,3 +51,9 @@ def test_models_differ_in_the_mixer_only(task, monkeypatch):
     for args in of_task:
         args.pop("output_dir")
         assert args == of_task[0]
+
+
+def test_flags_that_cannot_be_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare_synthetic.main(["--num_processes", "-1"])
+    assert ended.value.code == 2 and "--num_processes: must be at least 1, got -1" in capsys.readouterr().err

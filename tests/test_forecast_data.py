@@ -1,11 +1,15 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """Series are what they are said to be, and no window of a split sees what it should not."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
 from scipy.integrate import solve_ivp
 
 import forecast_data
+from csv_columns import read_columns
 from forecast_data import Series, named_series, read_series, split_series
 
 
@@ -74,15 +78,159 @@ def test_gaps_are_filled_between_neighbours_and_counted():
 
 
 def test_csv_and_npz_files(tmp_path):
-    rows = [("2020-01-01", "calm", 1.5, 10), ("2020-01-02", "windy", "", 20), ("2020-01-03", "calm", 2.5, 30)]
+    rows = [("2020-01-01", "calm", 1.5, 10), ("2020-01-02", "windy", "", 30), ("2020-01-03", "calm", 2.5, 20)]
     (tmp_path / "weather.csv").write_text("date,kind,wind,rain\n" + "".join(",".join(map(str, r)) + "\n" for r in rows))
     series = read_series(str(tmp_path / "weather.csv"))
     assert (series.name, series.channels, series.missing) == ("weather", ["wind", "rain"], 1)
-    assert series.values.tolist() == [[1.5, 10], [2.0, 20], [2.5, 30]]
-    assert read_series(str(tmp_path / "weather.csv"), ["rain"]).values.tolist() == [[10], [20], [30]]
+    assert series.values.tolist() == [[1.5, 10], [2.0, 30], [2.5, 20]]
+    assert series.notes == (
+        "Channels: wind, rain.",
+        "Left out: date, times from 2020-01-01 to 2020-01-03.",
+        "Left out: kind, text, such as 'calm'.",
+        "Read as missing: 1 empty.",
+    )
+    assert read_series(str(tmp_path / "weather.csv"), ["rain"]).values.tolist() == [[10], [30], [20]]
     np.savez(tmp_path / "arrays.npz", level=np.arange(4), flow=np.arange(8.0).reshape(4, 2), note=np.array(["x"] * 4))
     series = read_series(str(tmp_path / "arrays.npz"))
     assert series.channels == ["level", "flow_0", "flow_1"] and series.values[3].tolist() == [3, 6, 7]
+    assert series.notes == ("Channels: level, flow_0, flow_1.", "Left out: note, of <U1.")
+
+
+# What is in the file, the channels, what is left out and why, and what is read as missing.
+FILES = {
+    "semicolons and decimal commas": ("a;b\n1,5;2\n-2,5;3\n3,25;9\n", {"a": [1.5, -2.5, 3.25], "b": [2, 3, 9]}, {}, {}),
+    "tabs": ("a\tb\n1.5\t2\n2.5\t3\n3\t9\n", {"a": [1.5, 2.5, 3], "b": [2, 3, 9]}, {}, {}),
+    "bars": ("a | b\n1.5 | 2\n2.5 | 3\n3|9\n", {"a": [1.5, 2.5, 3], "b": [2, 3, 9]}, {}, {}),
+    "everything in quotes": ('"a;1";"b"\n"1,5";"2"\n"2,5";"3"\n', {"a;1": [1.5, 2.5], "b": [2, 3]}, {}, {}),
+    "thousands, as a decimal point says": ('a\n"1,234"\n"2,345.5"\n3\n', {"a": [1234, 2345.5, 3]}, {}, {}),
+    "thousands, as their number says": ('a\n"1,234,567"\n"2,345"\n3\n', {"a": [1234567, 2345, 3]}, {}, {}),
+    "a comma that is decimal": ('a\n"1,234"\n"0,345"\n3\n', {"a": [1.234, 0.345, 3]}, {}, {}),
+    "thousands and decimal commas": ("a;b\n1.234,5;1\n2.345;0\n", {"a": [1234.5, 2345], "b": [1, 0]}, {}, {}),
+    "thousands apart": ("a;b\n1 234;1\n2\u202f345;0\n3'000;5\n", {"a": [1234, 2345, 3000], "b": [1, 0, 5]}, {}, {}),
+    "three decimals": ("a\n1.234\n2.345\n1.230\n", {"a": [1.234, 2.345, 1.23]}, {}, {}),
+    "three decimals in spite of decimal commas": (
+        "a;b\n1,5;1.234\n2,5;2.345\n0,5;0.123\n", {"a": [1.5, 2.5, 0.5], "b": [1.234, 2.345, 0.123]}, {}, {}
+    ),
+    "exponents": ("a\n1e3\n-2.5E-1\n.5\n", {"a": [1000, -0.25, 0.5]}, {}, {}),
+    "percentages": ("a,b\n5%,2\n6.5 %,3\n-,9\n", {"a (%)": [5, 6.5, None], "b": [2, 3, 9]}, {}, {"-": 1}),
+    "missing": (
+        "a,b\n1,NA\n?,2\n,3\n4,n/a\n", {"a": [1, None, None, 4], "b": [None, 2, 3, None]}, {},
+        {"?": 1, "": 1, "NA": 1, "n/a": 1},
+    ),
+    "an empty line": ("a,b\n1,2\n\n0,3\n\n\n", {"a": [1, 0], "b": [2, 3]}, {}, {}),
+    "a row without values": ("a,b\n1,2\n,\n0,3\n", {"a": [1, None, 0], "b": [2, None, 3]}, {}, {"": 2}),
+    "a byte order mark": ("\ufeffa,b\r\n1,2\r\n0,3\r\n", {"a": [1, 0], "b": [2, 3]}, {}, {}),
+    "lines of an old Mac": ("a,b\r1,2\r0,3\r", {"a": [1, 0], "b": [2, 3]}, {}, {}),
+    "an index without a name": (",a\n0,5\n1,3\n2,9\n", {"a": [5, 3, 9]}, {"column 1": "rises by 1 with every row"}, {}),
+    "an index with a name": (
+        "Unnamed: 0,id,a\n0,1,5\n1,2,3\n2,3,9\n", {"a": [5, 3, 9]},
+        {"Unnamed: 0": "rises by 1 with every row", "id": "rises by 1 with every row"}, {},
+    ),
+    "pandas' table without names": (
+        ",0,1\n0,5,2.5\n1,3,0\n2,9,1\n", {"0": [5, 3, 9], "1": [2.5, 0, 1]}, {"column 1": "rises by 1"}, {}
+    ),
+    "years": ("month,2019,2020\njan,1,2\nfeb,3,1\n", {"2019": [1, 3], "2020": [2, 1]}, {"month": "text, such as"}, {}),
+    "an empty column": ("a,b,\n1,2,\n0,3,\n", {"a": [1, 0], "b": [2, 3]}, {"column 3": "has no name and no"}, {}),
+    "seconds": (
+        "t,timestamp,a\n0.1,1577836800,5\n0.2,1577840400,3\n0.3,1577850000,9\n", {"a": [5, 3, 9]},
+        {"t": "rises by 0.1 with every row", "timestamp": "rises with every row, as times do"}, {},
+    ),
+    "uneven times": (
+        "time,a\n2020-01-01T00:00,5\n2020-01-01T01:00,3\n2020-01-01T02:00,2\n2020-01-01T09:00,9\n", {"a": [5, 3, 2, 9]},
+        {"time": "times .* in steps from 0 days 01:00:00 to 0 days 07:00:00, which count as equal"}, {},
+    ),
+    "the hour that comes twice": (
+        "time,a\n" + "".join(f"2020-10-25T{hour:02}:00,{hour % 5}\n" for hour in (0, 1, 2, 2, *range(3, 18))),
+        {"a": [hour % 5 for hour in (0, 1, 2, 2, *range(3, 18))]}, {"time": "times from 2020-10-25T00:00 to"}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_csv_files_of_the_world_are_read_as_meant(kind, tmp_path):
+    content, numbers, left_out, missing = FILES[kind]
+    (tmp_path / "data.csv").write_bytes(content.encode())
+    columns = read_columns(tmp_path / "data.csv")
+    assert list(columns.numbers) == list(numbers)
+    for name, expected in numbers.items():
+        np.testing.assert_array_equal(columns.numbers[name], np.array(expected, float))
+    assert list(columns.left_out) == list(left_out) and columns.missing == missing
+    assert all(re.match(reason, columns.left_out[name]) for name, reason in left_out.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('a\n5\n"1,234"\n"2,345"\n', "line 3, column 'a': '1,234' is 1.234 or 1234, and no other value .* decides"),
+        ("a;b\n1,5;1.234\n2,5;2.345\n", "line 2, column 'b': '1.234' is a decimal number, or .* as 'a' has decimal"),
+        (
+            "a\n1,5\n2,5\n",
+            "line 2 has 2 fields, .* and line 1, the names, 1; .* put numbers that have a comma in quotes",
+        ),
+        ('a\n"1,5"\n2.5\n', "line [23], column 'a': '[12][.,]5' is not a number"),
+        ("a,b\n5%,1\n6,2\n7,4\n", "line 2, column 'a': '5%' is not a number, and 2 of the 3 values"),
+        ("a,b\n1,2\n0,4\nTotal,7\n", "line 4, column 'a': 'Total' is not a number, .*remove the line"),
+        ("a,b\n1,2\n0,4\nSource: a station\n", "line 4 has 1 fields, the first of them 'Source: a station'"),
+        ("# of 2020\na,b\n1,2\n", "line 2 has 2 fields, .* and line 1, the names, 1; remove what is no row"),
+        ("a,b\n[m],[s]\n1,2\n3,5\n", "line 2, column 'a': '\\[m\\]' is not a number"),
+        ("a,b\n1,2,3\n", "line 2 has 3 fields"),
+        ("a,b\n1,2\n3\n", "line 3 has 1 fields"),
+        ("1.5,2\n3,4\n", "the first line has values, such as '1.5', where the names"),
+        ("2020-01-01,2\n2020-01-02,4\n", "the first line has values, such as '2020-01-01'"),
+        ("calm,2.5\nwindy,4\n", "the first line has values, such as '2.5'"),
+        ("7\n8\n", "the first line has values, such as '7'"),
+        ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
+        ("a,\n1,2\n3,5\n0,1\n", "column 2 has no name in the first line"),
+        ("a;b,c\n1;2,3\n4;5,6\n", "what separates the columns of 'a;b,c'"),
+        ("a\n1\n\n3\n", "line 3 is empty: remove it, or write `\\?`"),
+        ("a,b\n1,2\n3,4\n,\n,\n", "line 5, the last, has no values"),
+        ('a,b\n"1,2\n3,4\n', "line 3 is no line of a CSV file"),
+        (
+            "date,a\n2020-01-03,1\n2020-01-02,5\n2020-01-01,2\n",
+            "line 3, column 'date': '2020-01-02' comes after '2020-01",
+        ),
+        ("day,a\n2020-01-01,1\n2020-01-02,5\n2020-01-01,2\n2020-01-02,3\n", "line 4, column 'day': .* give one series"),
+        ("year,a\n2020,1\n2019,5\n2017,2\n", "the times in the column 'year' fall"),
+        ("id,a\n12345678901234567891,1\n5,2\n", "line 2, column 'id': '12345678901234567891' has more digits"),
+        ("Temp. \u00b0C;a\n1;2\n".encode("latin-1"), "line 1 is not UTF-8 \\(byte 0xb0\\); save the file as UTF-8"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "it holds NUL characters"),
+        ("a,b\n1,2\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ],
+    ids=str,
+)
+def test_csv_files_that_can_be_read_in_two_ways_are_not(content, message, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"--data_file '{path}' could not be read: {message}"):
+        read_series(str(path))
+
+
+def test_columns_that_are_named_are_read_whatever_they_are(tmp_path):
+    (tmp_path / "data.tsv").write_text("step\tyear\ta\n1\t2020\tx\n2\t2019\ty\n3\t2017\tz\n")
+    series = read_series(str(tmp_path / "data.tsv"), ["year", "step"])
+    assert series.channels == ["year", "step"] and series.values.tolist() == [[2020, 1], [2019, 2], [2017, 3]]
+    with pytest.raises(ValueError, match=r"could not be read: the times in the column 'year' fall"):
+        read_series(str(tmp_path / "data.tsv"))
+
+
+def test_a_file_of_row_numbers_only_says_why_it_has_none(tmp_path):
+    (tmp_path / "data.csv").write_text("a,b\n1,x\n2,y\n3,z\n")
+    with pytest.raises(
+        ValueError, match="holds no numbers. Left out: a, rises by 1 with every row.* Left out: b, text"
+    ):
+        read_series(str(tmp_path / "data.csv"))
+
+
+@pytest.mark.parametrize("origin", [1e9, -(2.0**40)])
+def test_windows_are_the_same_wherever_the_series_is(origin):
+    series = make_series(200)
+    series = series._replace(values=np.round(series.values, 3))
+    here, there = (split_series(series._replace(values=series.values + place), 30, 8) for place in (0, origin))
+    assert here.train.values.dtype == there.train.values.dtype == torch.float32
+    # Values of 2^40 are a multiple of 2^-12.
+    assert there.train.values.numpy() == pytest.approx(here.train.values.numpy(), abs=1e-6 + abs(origin) * 1e-15)
+    assert there.mean - origin == pytest.approx(here.mean, abs=abs(origin) * 1e-15)
+    assert there.std == pytest.approx(here.std, rel=1e-5)
 
 
 def test_the_same_values_have_the_same_fingerprint():
@@ -149,10 +297,11 @@ def test_a_series_that_cannot_be_split(context, ahead, change, message):
         ("", None, "could not be read"),
         ("a,b\nx,y\n", None, "holds no numbers"),
         ("a,b\n", None, "holds no numbers"),
-        ("a,b\nx,1\n", ["c"], "has no 'c', only 'a', 'b'"),
-        ("a,b\nx,1\n", ["a"], "'a' of .* does not hold numbers but 'x'"),
+        ("a,b\nx,1\n", ["c"], "there is no column 'c', only 'a', 'b'"),
+        ("a,b\nx,1\n", ["a"], "line 2, column 'a': 'x' is not a number"),
         ("a,b\n1,\n2,\n", None, "the column 'b' holds no values"),
-        ("a\n1\ninf\n", None, "infinite values"),
+        ("a\n1\ninf\n", None, "line 3, column 'a': 'inf' is not a number"),
+        ("a\n1\n1e999\n", None, "infinite values"),
     ],
 )
 def test_files_that_cannot_be_used(content, columns, message, tmp_path):
@@ -169,8 +318,13 @@ def test_arrays_that_cannot_be_used(tmp_path):
     np.savez(tmp_path / "objects.npz", x=np.array([{}]))
     (tmp_path / "not.npz").write_text("text")
     (tmp_path / "data.parquet").write_text("text")
-    messages = {"deep.npz": "has shape", "lengths.npz": "same length", "objects.npz": "allow_pickle"}
-    messages |= {"not.npz": "could not be read", "data.parquet": "cannot read '.parquet', only .csv, .npz"}
+    np.savez(tmp_path / "large.npz", x=np.full(3, 2**60 + 1))
+    np.savez(tmp_path / "twice.npz", x=np.zeros((3, 2)), x_1=np.zeros(3))
+    np.savez(tmp_path / "complex.npz", x=np.zeros(3, complex))
+    messages = {"deep.npz": "has shape", "lengths.npz": "different lengths", "objects.npz": "allow_pickle"}
+    messages |= {"large.npz": "`x` holds 1152921504606846977, which float64", "twice.npz": "two arrays give .* 'x_1'"}
+    messages |= {"complex.npz": "holds no numbers. Left out: x, of complex128"}
+    messages |= {"not.npz": "could not be read", "data.parquet": "cannot read '.parquet', only .csv, .tsv, .npz"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
             read_series(str(tmp_path / name))

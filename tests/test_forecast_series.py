@@ -119,7 +119,12 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(folder, 
     with pytest.raises(SystemExit) as ended:
         main([*common, "--config_overrides", "hidden_size=8"])
     assert ended.value.code == 2
-    assert f"was run with config_overrides '{TINY}', not 'hidden_size=8'" in capsys.readouterr().out
+    assert f"was run with config_overrides '{TINY}', not 'hidden_size=8'" in capsys.readouterr().err
+    # Of which the folder's name has six digits only.
+    with pytest.raises(SystemExit) as ended:
+        main([*common[:-3], "--learning_rate", "0.01000000001", "--config_overrides", TINY])
+    assert ended.value.code == 2
+    assert "was run with learning_rate 0.01, not 0.01000000001" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_is_made_again_and_is_the_same(folder, data_file, tmp_path):
@@ -227,14 +232,24 @@ def test_every_series_of_the_comparison_is_long_enough():
     ("arguments", "message"),
     [
         (["--data_file", "missing.csv"], "--data_file 'missing.csv' does not exist"),
-        (["--data_file", "{data}", "--columns", "left"], "has no 'left', only 'up', 'down'"),
+        (["--data_file", "{data}", "--columns", "left"], "there is no column 'left', only 'up', 'down'"),
+        (["--data_file", "{data}", "--columns", "up", "up"], "--columns: up is given twice"),
+        (["--data_file", ""], "--data_file: must not be empty"),
         (["--dataset_name", "lorenz", "--columns", "x"], "--columns needs --data_file"),
         (["--dataset_name", "lorenz", "--data_file", "{data}"], "not allowed with"),
         (["--dataset_name", "nothing"], "invalid choice: 'nothing'"),
         (["--data_file", "{data}", "--prediction_length", "41"], "has 40 of its 400 steps"),
         (["--data_file", "{data}", "--context_length", "300"], "exceed the training part of waves, 280"),
-        (["--data_file", "{data}", "--context_length", "0"], "--context_length must be at least 1, got 0"),
-        (["--data_file", "{data}", "--learning_rate", "1e-3", "-1"], "--learning_rate must be positive, got -1"),
+        (["--data_file", "{data}", "--context_length", "0"], "--context_length: must be at least 1, got 0"),
+        (["--data_file", "{data}", "--prediction_length", "-1"], "--prediction_length: must be at least 1, got -1"),
+        (["--data_file", "{data}", "--learning_rate", "1e-3", "-1"], "--learning_rate: must be above 0, got -1"),
+        (["--data_file", "{data}", "--learning_rate", "inf"], "--learning_rate: must be a finite number, got inf"),
+        (["--data_file", "{data}", "--weight_decay", "-1"], "--weight_decay: must be at least 0, got -1"),
+        (["--data_file", "{data}", "--patience", "0"], "--patience: must be at least 1, got 0"),
+        (["--data_file", "{data}", "--windows_per_epoch", "0"], "--windows_per_epoch: must be at least 1, got 0"),
+        (["--data_file", "{data}", "--seeds", "-1"], "--seeds: must be at least 0, got -1"),
+        (["--data_file", "{data}", "--seeds"], "--seeds: expected at least one argument"),
+        (["--data_file", "{data}", "--quantiles", "0.5", "1"], "--quantiles: must be below 1, got 1"),
         (["--data_file", "{data}", "--config_overrides", "hidden_width=3"], "has no 'hidden_width'"),
         (["--data_file", "{data}", "--config_overrides", "hidden_size=-3"], "hidden_size"),
         (["--data_file", "{data}", "--model", "patchtst", "--context_length", "16"], "patch length"),
@@ -249,6 +264,39 @@ def test_bad_input_ends_with_one_clear_message_before_training(arguments, messag
     with pytest.raises(SystemExit) as ended:
         main([*SMALL, "--output_dir", str(tmp_path / "out"), *arguments])
     assert ended.value.code == 2
-    output = "".join(capsys.readouterr())
-    assert message in output and output.count("error: ") == 1, output
-    assert "Traceback" not in output and not list(tmp_path.rglob("run.json"))
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count("error: ") == 1 and not output.out, output
+    assert "Traceback" not in output.err and not list(tmp_path.rglob("run.json"))
+
+
+def test_a_broken_record_is_named_before_training(data_file, tmp_path, monkeypatch, capsys):
+    """Of whichever model's run, as all are in the report."""
+    monkeypatch.setattr(forecast_series, "fit", None)
+    (tmp_path / "waves-8-gru-0.003-0").mkdir()
+    (tmp_path / "waves-8-gru-0.003-0" / "run.json").write_text('{"model": "gru", "settings"')
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, "--data_file", data_file, "--output_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "waves-8-gru-0.003-0/run.json is not the record of a run: " in error
+
+
+def test_what_is_a_channel_and_what_is_not_is_printed(data_file, tmp_path, monkeypatch, capsys):
+    """And a series far from zero, whose differences float32 does not hold, is forecast as the same one near it."""
+    monkeypatch.setattr(forecast_series, "write_report", lambda folder: "")
+    numbers = np.round(np.loadtxt(data_file, delimiter=",", skiprows=1), 4)
+    mse = {}
+    for origin in (0, 1e9):
+        rows = [f"{i};calm;{a:.4f};{b:.4f}".replace(".", ",") for i, (a, b) in enumerate(numbers + origin)]
+        rows[7] = "7;calm;?;" + rows[7].split(";")[-1]
+        path = tmp_path / f"{origin:g}.csv"
+        path.write_text("\n".join([";kind;up;down", *rows]))
+        main([*SMALL, "--model", "seasonal-naive", "--data_file", str(path), "--output_dir", str(tmp_path / path.stem)])
+        said = capsys.readouterr().out
+        assert "Channels: up, down.\n" in said and "Read as missing: 1 '?'.\n" in said
+        assert "Left out: column 1, rises by 1 with every row, as row numbers and times do.\n" in said
+        assert "Left out: kind, text, such as 'calm'.\n" in said
+        run = read_run(tmp_path / path.stem / f"{path.stem}-8-seasonal-naive")
+        expected = numbers[:280, 1].mean() + origin
+        assert run["series"]["mean"][1] == pytest.approx(expected, rel=0, abs=1e-9 + 1e-15 * origin)
+        mse[origin] = run["test"]["mse"]
+    assert mse[1e9] == pytest.approx(mse[0], rel=1e-4) and mse[0] < 0.2

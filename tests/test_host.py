@@ -400,6 +400,14 @@ def test_statistics_that_cannot_be_are_refused(mean, deviation):
         model(input_values=torch.randn(2, 9, 2), statistics=statistics)
 
 
+def test_masks_of_values_hold_zeros_and_ones():
+    model = make_model(LrcSSMForSequenceModeling, num_channels=2, prediction_length=3)
+    series, future = torch.randn(2, 9, 2), torch.randn(2, 3, 2)
+    for name, values in (("observed_mask", series), ("future_observed_mask", future)):
+        with pytest.raises(ValueError, match=f"`{name}` must hold 1 for what is there"):
+            model(input_values=series, future_values=future, **{name: torch.full_like(values, torch.nan)})
+
+
 @pytest.mark.parametrize(
     "field", ["initializer_range", "norm_eps", "time_constant_max", "hidden_dropout", "jacobian_bound"]
 )

@@ -77,7 +77,10 @@ def test_converted_folder(name, tmp_path):
         (lambda data: data.update({"encoder.layers.0.weight": torch.zeros(3)}), "must be a matrix"),
         (lambda data: data.update({"encoder.layers.0.weight": torch.tensor(3.0)}), "no array"),
         (lambda data: data.update({"encoder.layers.0.bias": torch.arange(3)}), "int64, not real"),
-        (lambda data: data.update({"mlps.0.layers.1.bias": torch.zeros(3)}), "do not fit together"),
+        (lambda data: data.update({"mlps.0.layers.1.bias": torch.zeros(3).double()}), "do not fit together"),
+        (lambda data: data.update({"mlps.0.layers.2.bias": torch.zeros(3)}), "no place for 'mlps.0.layers.2.bias'"),
+        (lambda data: data.update({"encoder.layers.0.bias": torch.zeros(32)}), "is torch.float32, and the encoder"),
+        (lambda data: data["cells.0.weight_mu"].fill_(float("nan")), "'cells.0.weight_mu' holds NaN"),
     ],
 )
 def test_other_weights_are_refused_by_name(change, message, tmp_path, capsys):

@@ -395,11 +395,49 @@ def test_series_of_integers_and_half_precision():
         model = forecaster(**changes)
         counts = torch.randint(200, 300, (3, 17, CHANNELS))
         expected = model.forecast(counts.float(), 6)
-        assert torch.equal(model.forecast(counts, 6), expected)
+        assert torch.equal(model.forecast(counts.short(), 6), expected)
         # Sums of squares beyond the range of float16.
         assert torch.equal(model.forecast(counts.half(), 6), expected)
+        assert torch.equal(model.forecast(counts, 6), model.forecast(counts.double(), 6))
         loss = model(input_values=counts, future_values=counts[:, :4], time_deltas=torch.ones(3, 17).long()).loss
-        assert torch.equal(loss, model(input_values=counts.float(), future_values=counts[:, :4].float()).loss)
+        assert torch.equal(loss, model(input_values=counts.double(), future_values=counts[:, :4].double()).loss)
+
+
+@pytest.mark.parametrize("origin", [0, 2**27, 10**9, -(10**12)])
+@torch.no_grad()
+def test_scaling_sees_small_changes_of_large_values(origin):
+    """Of integers and float64, whose differences float32 does not hold."""
+    model, predict = series_model(scaling="std"), forecaster(scaling="std")
+    counts = torch.randint(20, (3, 17, CHANNELS), generator=torch.Generator().manual_seed(0))
+    future, mask = counts[:, :4] + 1, torch.ones(3, 17).tril(14)
+    expected, expected_loss = (
+        model(input_values=counts.float()).logits,
+        predict(input_values=counts.float(), future_values=future.float(), attention_mask=mask).loss,
+    )
+    assert expected.std() > 0.01
+    for series, later in ((counts + origin, future + origin), (counts.double() + origin, future.double() + origin)):
+        assert torch.allclose(model(input_values=series).logits.double(), expected.double(), atol=1e-4)
+        forecasts = predict.forecast(series, 9)
+        assert forecasts.dtype == torch.float64
+        assert torch.allclose(forecasts - origin, predict.forecast(counts.float(), 9).double(), atol=1e-2)
+        loss = predict(input_values=series, future_values=later, attention_mask=mask).loss
+        assert torch.allclose(loss, expected_loss.double(), rtol=1e-3)
+
+
+def test_statistics_of_values_whose_sums_and_squares_leave_their_type():
+    values = torch.tensor([[-1e30], [1e30], [3e30]]).expand(1, 3, 2)
+    mean, deviation = series_statistics(values, torch.ones_like(values, dtype=torch.bool))
+    assert torch.allclose(mean / 1e30, torch.ones(1, 1, 2))
+    assert torch.allclose(deviation / 1e30, torch.full((1, 1, 2), (8 / 3) ** 0.5))
+    # A constant stays one, of any size.
+    constant = torch.full((1, 50, 1), 1e9 + 7, dtype=torch.float64)
+    mean, deviation = series_statistics(constant, torch.ones_like(constant, dtype=torch.bool))
+    assert mean.item() == 1e9 + 7 and deviation.item() < 0.01
+
+
+def test_complex_series_are_refused():
+    with pytest.raises(ValueError, match="must be real, got torch.complex64"):
+        series_model()(input_values=torch.ones(2, 5, CHANNELS, dtype=torch.complex64))
 
 
 @torch.no_grad()

@@ -30,11 +30,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import SchedulerType
 from transformers.utils import ModelOutput
 
+from arguments import Distinct, integer, number, text
+from arguments import seed as any_seed
 from cpu_processes import start_missing_processes
-from free_memory import keep_freed_memory
 from lrcssm_hf import (
     LrcSSMConfig,
     LrcSSMForSequenceClassification,
@@ -43,9 +43,19 @@ from lrcssm_hf import (
 )
 from lrcssm_hf.series import observed_values
 from pretrain import describe_environment, make_folder, parse_overrides
-from series_data import SeriesData, add_series_arguments, channel_statistics, collate, load_series, make_rows, split
+from run_records import read_record
+from series_data import (
+    SeriesData,
+    add_series_arguments,
+    channel_statistics,
+    check_time_unit,
+    collate,
+    load_series,
+    make_rows,
+    split,
+)
 from series_rivals import MIXERS, build
-from series_training import fit, make_runs
+from series_training import SCHEDULES, fit, make_runs
 from whole_files import whole_files, write_whole
 
 
@@ -88,6 +98,11 @@ PRESETS = {
     },
 }
 EVALUATION_BATCH_SIZE = 64
+# What the record of every run has.
+RECORD = {
+    "model": str, "seed": int, "data": dict, "settings": dict, "validation_accuracy": float, "test_accuracy": float,
+    "confusion": list, "seconds": float, "hardware": dict, "versions": dict, "command": str,
+}  # fmt: skip
 MINIROCKET_STEPS = 9  # The shortest series that aeon's takes.
 
 
@@ -101,30 +116,27 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--preset", choices=PRESETS, default="default", help="Defaults of all these flags, or the paper's."
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--learning_rate", type=float, nargs="+", help="Each is tried; validation chooses.")
-    train.add_argument("--weight_decay", type=float, help="Of matrices; vectors do not decay.")
-    train.add_argument("--adam_beta2", type=float)
-    schedules = [schedule.value for schedule in SchedulerType]
-    train.add_argument("--lr_scheduler_type", choices=schedules, help="Over the epochs.")
-    train.add_argument("--num_train_epochs", type=int, help="At most.")
-    train.add_argument("--patience", type=int, help="Epochs without improvement after which training ends.")
-    train.add_argument("--per_device_train_batch_size", type=int)
-    train.add_argument("--seeds", type=int, nargs="+", default=PAPER_SEEDS[:1], help="Each is a run (default 2345).")
+    rates = {"type": number(above=0), "nargs": "+", "action": Distinct}
+    train.add_argument("--learning_rate", **rates, help="Each is tried; validation chooses.")
+    train.add_argument("--weight_decay", type=number(at_least=0), help="Of matrices; vectors do not decay.")
+    train.add_argument("--adam_beta2", type=number(at_least=0, below=1))
+    train.add_argument("--lr_scheduler_type", choices=SCHEDULES, help="Over the epochs.")
+    count = integer(at_least=1)
+    train.add_argument("--num_train_epochs", type=count, help="At most.")
+    train.add_argument("--patience", type=count, help="Epochs without improvement after which training ends.")
+    train.add_argument("--per_device_train_batch_size", type=count)
+    seeds = {"type": any_seed, "nargs": "+", "action": Distinct, "default": PAPER_SEEDS[:1]}
+    train.add_argument("--seeds", **seeds, help="Each is a run (default 2345).")
     train.add_argument(
         "--self_pretrain", action="store_true", help="First learn to fill in hidden spans of the series."
     )
-    train.add_argument("--num_pretrain_epochs", type=int, default=30, help="Of that, at most (default 30).")
-    parser.add_argument("--output_dir", help="Default runs/DATA SET-MODEL.")
+    train.add_argument("--num_pretrain_epochs", type=count, default=30, help="Of that, at most (default 30).")
+    parser.add_argument("--output_dir", type=text, help="Default runs/DATA SET-MODEL.")
     # The preset is known before the flags whose defaults it has.
     parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
     args = parser.parse_args(arguments)
     if args.output_dir is None:
         args.output_dir = f"runs/{args.dataset_name or Path(args.data_file).stem}-{args.model}"
-    for name in ("num_train_epochs", "patience", "per_device_train_batch_size", "num_pretrain_epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if min(args.learning_rate) <= 0:
-        parser.error(f"--learning_rate must be positive, got {min(args.learning_rate)}.")
     if args.model == "minirocket" and (args.config_overrides or args.self_pretrain):
         parser.error("--config_overrides and --self_pretrain are not for minirocket, which is no network.")
     return args
@@ -163,10 +175,12 @@ def make_settings(args: argparse.Namespace, data: SeriesData) -> dict:
 
 
 def read_runs(folder: Path, settings: dict) -> dict[int, dict]:
-    """The finished runs of a folder by their seed. Raises a `ValueError` if one had other settings."""
+    """The finished runs of a folder by their seed. Raises a `ValueError` if one is broken or had other settings."""
     runs = {}
     for path in sorted(folder.glob("seed-*.json")):
-        run = json.loads(path.read_text())
+        run = read_record(path, RECORD)
+        if path.stem != f"seed-{run['seed']}":
+            raise ValueError(f"{path} is the run with seed {run['seed']}; give it its name again, or remove it.")
         # As they are after a way through JSON.
         for name, value in json.loads(json.dumps(settings)).items():
             if run["settings"].get(name) != value:
@@ -385,6 +399,8 @@ def classify(args: argparse.Namespace, accelerator: Accelerator, command: str) -
     config = make_config(args, data)
     if args.model == "minirocket":
         check_minirocket(data)
+    else:
+        check_time_unit(data, config.time_constant_min)
     settings = make_settings(args, data)
     runs = read_runs(folder, settings)
     accelerator.wait_for_everyone()
@@ -514,7 +530,6 @@ def report(runs: list[dict], folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    keep_freed_memory()
     args = parse_args(arguments)
     accelerator, runs = make_runs("training/classify_series.py", arguments, functools.partial(classify, args))
     if accelerator.is_main_process:

@@ -7,9 +7,11 @@ Shapes: T steps, C channels, L context_length, P prediction_length.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import hashlib
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,10 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from arguments import Distinct, text
+from csv_columns import Columns, choose, read_columns
+from series_data import channel_moments, in_float64
 
 
 # Of training and validation; the rest is the test part. As usual for long-term forecasting since Informer (arXiv
@@ -35,6 +41,7 @@ class Series(NamedTuple):
         channels: C names, with the unit where it is known.
         step: what lies between two values, "hour".
         missing: how many of the values were missing and are interpolated.
+        notes: what of a file was read as what, and what was left out.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Series(NamedTuple):
     channels: list[str]
     step: str
     missing: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def with_gaps(cls, name: str, values: np.ndarray, channels: list[str], step: str) -> Series:
@@ -153,8 +161,9 @@ def add_data_arguments(parser) -> None:
     source = parser.add_mutually_exclusive_group()
     names = ", ".join(DATASETS)
     source.add_argument("--dataset_name", choices=DATASETS, default="seattle-temperature", metavar="NAME", help=names)
-    source.add_argument("--data_file", help="CSV (a row per step) or npz (arrays, likewise) instead.")
-    parser.add_argument("--columns", nargs="+", help="Columns of that file; by default all that hold numbers.")
+    source.add_argument("--data_file", type=text, help="CSV (a row per step) or npz (arrays, likewise) instead.")
+    columns = "Columns of that file; by default all that hold numbers, but for row numbers and times."
+    parser.add_argument("--columns", nargs="+", action=Distinct, help=columns)
 
 
 def load_series(args: argparse.Namespace) -> Series:
@@ -180,46 +189,54 @@ def named_series(name: str) -> Series:
 
 
 def read_series(name: str, columns: list[str] | None = None) -> Series:
-    """The numbers of a CSV or npz file; what else it holds, such as dates, is left out.
+    """The numbers of a CSV or npz file; `notes` of the series say what else it holds, such as dates, and is left out.
 
     The arrays of an npz are of shape (T,) or (T, C'), which gives the columns `name_0`, `name_1`, ...
 
     Raises:
-        ValueError: there is no such file or column, or a column holds no numbers.
+        ValueError: there is no such file or column, or a column holds no numbers, or what cannot be read for sure.
     """
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--data_file {name!r} does not exist.")
-    readers = {".csv": pd.read_csv, ".npz": _read_npz}
+    readers = {".csv": read_columns, ".tsv": read_columns, ".npz": _read_npz}
     if path.suffix.lower() not in readers:
         raise ValueError(f"--data_file {name!r}: cannot read {path.suffix!r}, only {', '.join(readers)}.")
     try:
-        table = readers[path.suffix.lower()](path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        table = readers[path.suffix.lower()](path, columns)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, csv.Error) as error:
         raise ValueError(f"--data_file {name!r} could not be read: {error}") from error
-    numbers = table.select_dtypes(["integer", "floating"])
-    for column in columns or []:
-        if column not in table:
-            raise ValueError(f"--columns: {name!r} has no {column!r}, only {', '.join(map(repr, table))}.")
-        if column not in numbers:
-            raise ValueError(f"--columns: {column!r} of {name!r} does not hold numbers but {table[column].iloc[0]!r}.")
-    numbers = numbers[columns] if columns else numbers
-    if numbers.empty:
-        raise ValueError(f"--data_file {name!r} holds no numbers.")
-    return Series.with_gaps(path.stem, numbers.to_numpy(), [str(column) for column in numbers], "step")
+    notes = [f"Channels: {', '.join(table.numbers)}."]
+    notes += [f"Left out: {column}, {reason}." for column, reason in table.left_out.items()]
+    if table.missing:
+        marks = (f"{count} {'empty' if mark == '' else repr(mark)}" for mark, count in table.missing.items())
+        notes += [f"Read as missing: {', '.join(marks)}."]
+    if not any(map(len, table.numbers.values())):
+        raise ValueError(f"--data_file {name!r} holds no numbers. {' '.join(notes[1:])}")
+    values = np.stack(list(table.numbers.values()), axis=1)
+    return Series.with_gaps(path.stem, values, list(table.numbers), "step")._replace(notes=tuple(notes))
 
 
-def _read_npz(path: Path) -> pd.DataFrame:
-    columns = {}
+def _read_npz(path: Path, wanted: list[str] | None) -> Columns:
+    columns: dict[str, np.ndarray] = {}
     with np.load(path, allow_pickle=False) as arrays:
         for name, array in arrays.items():
-            if array.ndim == 1:
-                columns[name] = array
-            elif array.ndim == 2:
-                columns |= {f"{name}_{channel}": values for channel, values in enumerate(array.T)}
-            else:
+            if array.ndim not in (1, 2):
                 raise ValueError(f"the array {name!r} has shape {array.shape}; expected (steps,) or (steps, channels).")
-    return pd.DataFrame(columns)
+            parts = {name: array} if array.ndim == 1 else {f"{name}_{i}": part for i, part in enumerate(array.T)}
+            if twice := columns.keys() & parts.keys():
+                raise ValueError(f"two arrays give a column {min(twice)!r}; give one another name.")
+            columns |= parts
+    columns = choose(columns, wanted)
+    numbers = {name: in_float64(name, column) for name, column in columns.items() if column.dtype.kind in "iuf"}
+    left_out = {name: f"of {column.dtype}" for name, column in columns.items() if name not in numbers}
+    if wanted is not None and left_out:
+        raise ValueError(f"the column {min(left_out)!r} holds {columns[min(left_out)].dtype}, no real numbers.")
+    lengths = {name: len(column) for name, column in numbers.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its columns are of different lengths: {lengths}; choose those of one length with --columns.")
+    missing = sum(int(np.isnan(column).sum()) for column in numbers.values())
+    return Columns(numbers, left_out, Counter({"NaN": missing} if missing else {}))
 
 
 class Windows(Dataset):
@@ -280,10 +297,9 @@ def split_series(series: Series, context_length: int, prediction_length: int) ->
             f"--context_length {context_length} and --prediction_length {prediction_length} exceed the training part "
             f"of {series.name}, {train} of its {total} steps; lower one."
         )
-    mean, std = series.values[:train].mean(0), series.values[:train].std(0)
+    mean, std = channel_moments(series.values[:train])
     for channel, deviation in zip(series.channels, std):
-        # Of a constant, rounding may leave more than zero.
-        if deviation <= 1e-12 * np.abs(series.values[:train]).max():
+        if deviation == 0:
             raise ValueError(f"{series.name}: {channel!r} does not change in the training part; leave it out.")
     values = torch.tensor((series.values - mean) / std, dtype=torch.float32)
     parts = ((context_length, train), (train, validation), (validation, total))

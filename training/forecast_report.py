@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from run_records import read_record
 from whole_files import whole_files, write_whole
 
 
@@ -17,10 +17,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+RECORD = {
+    "model": str, "settings": dict, "series": dict, "parameters": int, "validation_mse": float, "test": dict,
+    "examples": list, "hardware": dict, "versions": dict, "command": str,
+}  # fmt: skip
+
+
 def read_run(folder: Path) -> dict | None:
-    """A finished run; None where there is none."""
+    """A finished run; None where there is none. Raises a `ValueError` if its record is broken."""
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_record(path, RECORD) if path.is_file() else None
 
 
 def best_rate(runs: list[dict]) -> float | None:

@@ -11,28 +11,27 @@ again. Of all runs there, whatever their series, model or horizon, `results.md` 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, default_collate
-from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel, SchedulerType
+from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedModel
 
+from arguments import Distinct, integer, number, text
+from arguments import seed as any_seed
 from cpu_processes import start_missing_processes
 from forecast_data import Split, Windows, add_data_arguments, load_series, split_series
-from forecast_report import best_rate, middle, read_run, write_report
-from free_memory import keep_freed_memory
+from forecast_report import Results, best_rate, middle, read_run, write_report
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
-from pretrain import describe_environment, make_folder, parse_overrides, use_all_cores
+from pretrain import describe_environment, make_folder, parse_overrides
 from series_rivals import MIXERS, build
-from series_training import FitResult, fit
+from series_training import SCHEDULES, FitResult, fit, make_runs
 from whole_files import write_whole
 
 
@@ -59,40 +58,32 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     add_data_arguments(data)
-    data.add_argument("--context_length", type=int, default=256, help="Steps that a forecast knows (default 256).")
-    data.add_argument("--prediction_length", type=int, default=96, help="Steps to forecast at once (default 96).")
+    count = integer(at_least=1)
+    data.add_argument("--context_length", type=count, default=256, help="Steps that a forecast knows (default 256).")
+    data.add_argument("--prediction_length", type=count, default=96, help="Steps to forecast at once (default 96).")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="lrcssm", choices=MODELS)
     model.add_argument("--config_overrides", help='"hidden_size=32,scaling=None"; for patchtst of its configuration.')
     model.add_argument(
-        "--quantiles", type=float, nargs="+", help="Levels to forecast instead of the mean: 0.1 0.5 0.9."
+        "--quantiles", type=number(above=0, below=1), nargs="+", help="Levels to forecast, not the mean: 0.1 0.5 0.9."
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--per_device_train_batch_size", type=int, default=16)
-    train.add_argument("--per_device_eval_batch_size", type=int, default=128)
-    train.add_argument("--windows_per_epoch", type=int, default=128, help="Drawn at random (default 128).")
-    train.add_argument("--num_train_epochs", type=int, default=60, help="At most (default 60).")
-    train.add_argument("--patience", type=int, default=20, help="Epochs without a better one (default 20).")
-    train.add_argument(
-        "--learning_rate", type=float, nargs="+", default=[3e-3], help="The best by validation is taken."
-    )
-    schedules = [schedule.value for schedule in SchedulerType]
-    train.add_argument("--lr_scheduler_type", default="cosine", choices=schedules, help="Over the epochs.")
-    train.add_argument("--weight_decay", type=float, default=0.01, help="Of matrices; vectors do not decay.")
-    train.add_argument("--seeds", type=int, nargs="+", default=[0])
+    train.add_argument("--per_device_train_batch_size", type=count, default=16)
+    train.add_argument("--per_device_eval_batch_size", type=count, default=128)
+    train.add_argument("--windows_per_epoch", type=count, default=128, help="Drawn at random (default 128).")
+    train.add_argument("--num_train_epochs", type=count, default=60, help="At most (default 60).")
+    train.add_argument("--patience", type=count, default=20, help="Epochs without a better one (default 20).")
+    rates = {"type": number(above=0), "nargs": "+", "action": Distinct, "default": [3e-3]}
+    train.add_argument("--learning_rate", **rates, help="The best by validation is taken.")
+    train.add_argument("--lr_scheduler_type", default="cosine", choices=SCHEDULES, help="Over the epochs.")
+    decay = {"type": number(at_least=0), "default": 0.01}
+    train.add_argument("--weight_decay", **decay, help="Of matrices; vectors do not decay.")
+    train.add_argument("--seeds", type=any_seed, nargs="+", action=Distinct, default=[0])
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="runs/forecasts", help="Default runs/forecasts.")
+    output.add_argument("--output_dir", type=text, default="runs/forecasts", help="Default runs/forecasts.")
     args = parser.parse_args(arguments)
-    args.command = ["accelerate", "launch", "training/forecast_series.py"]
-    args.command += sys.argv[1:] if arguments is None else arguments
-    counts = ["context_length", "prediction_length", "per_device_train_batch_size", "per_device_eval_batch_size"]
-    for name in [*counts, "windows_per_epoch", "num_train_epochs", "patience"]:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.quantiles and args.model not in MIXERS:
         parser.error(f"--quantiles: {args.model} does not forecast them.")
-    if not min(args.learning_rate) > 0:
-        parser.error(f"--learning_rate must be positive, got {min(args.learning_rate)}.")
     return args
 
 
@@ -208,9 +199,9 @@ def make_loaders(args: argparse.Namespace, split: Split) -> dict[str, DataLoader
 class Study:
     """All runs of a model on a series at a horizon: what they have in common, and how one is made."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, command: str):
         """Raises a `ValueError` (or what the libraries raise in its place) for anything that cannot be used."""
-        self.args, self.accelerator = args, accelerator
+        self.args, self.accelerator, self.command = args, accelerator, command
         self.folder = make_folder(args.output_dir)
         self.series = load_series(args)
         self.split = split_series(self.series, args.context_length, args.prediction_length)
@@ -234,16 +225,19 @@ class Study:
         """A finished run.
 
         Raises:
-            ValueError: it was made with other settings.
+            ValueError: it was made with other settings, or its record is broken.
         """
         folder = self.folder / self.name(rate, seed)
         run = read_run(folder)
-        for name, value in self.settings.items():
-            if run is not None and run["settings"].get(name) != value:
-                raise ValueError(
-                    f"{folder} was run with {name} {run['settings'].get(name)!r}, not {value!r}; remove it, or give "
-                    "another --output_dir."
-                )
+        if run is not None:
+            made = run["settings"] | {"learning_rate": run["learning_rate"]}
+            # The name of a folder has no more than six digits of the rate.
+            for name, value in {**self.settings, "learning_rate": rate if self.learns else None}.items():
+                if made.get(name) != value:
+                    raise ValueError(
+                        f"{folder} was run with {name} {made.get(name)!r}, not {value!r}; remove it, or give another "
+                        "--output_dir."
+                    )
         return run
 
     def run_all(self) -> list[dict]:
@@ -289,7 +283,7 @@ class Study:
             "series": self.describe_series(),
             "quantiles": args.quantiles,
             "examples": self.examples(forecast),
-            "command": shlex.join(args.command),
+            "command": self.command,
             **describe_environment(accelerator),
         }
         if accelerator.is_main_process:
@@ -349,25 +343,26 @@ class Study:
         return examples
 
 
-def main(arguments: list[str] | None = None) -> None:
-    keep_freed_memory()
-    args = parse_args(arguments)
-    accelerator = Accelerator()
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-    try:
-        study = Study(args, accelerator)
-    except (ValueError, StrictDataclassError) as refused:
-        accelerator.print(f"error: {refused}")
-        accelerator.end_training()
-        raise SystemExit(2) from None
+def run_study(args: argparse.Namespace, accelerator: Accelerator, command: str) -> tuple[Study, list[dict]]:
+    """All runs that are not there yet, after saying of what; raises what a `Study` and training raise."""
+    study = Study(args, accelerator, command)
+    # What the report is made from is broken before training, or not at all.
+    Results.read(study.folder)
     series, split = study.series, study.split
+    for note in series.notes:
+        accelerator.print(note)
     accelerator.print(
         f"{series.name}: {len(series.values):,} steps of {len(series.channels)} channels ({series.missing} missing "
         f"values interpolated); windows: {len(split.train):,} training, {len(split.validation):,} validation, "
         f"{len(split.test):,} test. {args.model}: {study.parameters:,} parameters."
     )
-    runs = study.run_all()
+    return study, study.run_all()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    work = functools.partial(run_study, args)
+    accelerator, (study, runs) = make_runs("training/forecast_series.py", arguments, work)
     if accelerator.is_main_process:
         print(write_report(study.folder))
         if args.model in SAVED:

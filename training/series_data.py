@@ -7,6 +7,7 @@ Shapes: N series, T steps (T_i of series i), C channels.
 from __future__ import annotations
 
 import argparse
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from arguments import text
+
 
 # With 30% held out and the half of them for the test, what a class needs for a series in each of the three.
 MINIMUM_PER_CLASS = 7
 
 
 class SeriesData(NamedTuple):
-    """A data set: `series[i]` is (T_i, C) float32, NaN where a value is missing; `labels[i]` is an index of `classes`.
+    """A data set: `series[i]` is (T_i, C) float64, NaN where a value is missing; `labels[i]` is an index of `classes`.
 
-    `time_deltas[i]` (T_i,) is the time elapsed at each step, in units of the regular step; None for regular sampling.
+    `time_deltas[i]` (T_i,) float64 is the time elapsed at each step, in units of the regular step; None for regular
+    sampling.
     """
 
     name: str
@@ -47,8 +51,10 @@ class SeriesData(NamedTuple):
 def add_series_arguments(parser) -> None:
     """The flags that say which data set, the same for every script of labelled series, to a parser or group."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_name", help="Of the UCR and UEA archives: BasicMotions, JapaneseVowels, ACSF1, ...")
-    source.add_argument("--data_file", help=".npz with X (N, T, C), y (N,); also lengths (N,), time_deltas (N, T).")
+    archives = "Of the UCR and UEA archives: BasicMotions, JapaneseVowels, ACSF1, ..."
+    source.add_argument("--dataset_name", type=text, help=archives)
+    arrays = ".npz with X (N, T, C), y (N,); also lengths (N,), time_deltas (N, T) in units of the regular step."
+    source.add_argument("--data_file", type=text, help=arrays)
     parser.add_argument("--missing_values", action="store_true", help="NaN is a value that was not observed.")
 
 
@@ -79,7 +85,7 @@ def load_archive(name: str) -> SeriesData:
         ) from error
     classes, labels = np.unique(labels, return_inverse=True)
     # aeon has channels before steps.
-    return SeriesData(name, [np.ascontiguousarray(x.T, np.float32) for x in series], labels, [str(c) for c in classes])
+    return SeriesData(name, [np.ascontiguousarray(x.T, np.float64) for x in series], labels, [str(c) for c in classes])
 
 
 def load_npz(file: str) -> SeriesData:
@@ -87,7 +93,8 @@ def load_npz(file: str) -> SeriesData:
     each series that are real, and `time_deltas` (N, T).
 
     Raises:
-        ValueError: the file cannot be read, or an array is missing or has the wrong shape or type.
+        ValueError: the file cannot be read, or an array is missing or unknown, or has the wrong shape or type, or
+            numbers that float64 does not hold.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -97,6 +104,11 @@ def load_npz(file: str) -> SeriesData:
     for name in ("X", "y"):
         if name not in arrays:
             raise ValueError(f"--data_file {file!r} has no array {name!r}, only {', '.join(arrays) or 'none'}.")
+    if unknown := arrays.keys() - {"X", "y", "lengths", "time_deltas"}:
+        raise ValueError(
+            f"--data_file {file!r} has the arrays {', '.join(sorted(unknown))}, and only X, y, lengths and time_deltas "
+            "are read: rename or remove them."
+        )
     values, labels = arrays["X"], arrays["y"]
     count, steps = (*values.shape, 0, 0)[:2]
     lengths, deltas = arrays.get("lengths", np.full(count, steps)), arrays.get("time_deltas")
@@ -111,14 +123,43 @@ def load_npz(file: str) -> SeriesData:
         problem = f"`time_deltas` must be numbers of shape {(count, steps)}, got {deltas.dtype} {deltas.shape}"
     if problem is not None:
         raise ValueError(f"--data_file {file!r}: {problem}.")
-    classes, labels = np.unique(labels, return_inverse=True)
+    try:
+        values = in_float64("X", values)
+        deltas = None if deltas is None else in_float64("time_deltas", deltas)
+        classes, labels = np.unique(decoded(labels) if labels.dtype.kind == "S" else labels, return_inverse=True)
+    except ValueError as refused:
+        raise ValueError(f"--data_file {file!r}: {refused}") from None
     return SeriesData(
         Path(file).stem,
-        [x[:length].astype(np.float32) for x, length in zip(values, lengths)],
+        [x[:length] for x, length in zip(values, lengths)],
         labels,
         [str(c) for c in classes],
-        None if deltas is None else [d[:length].astype(np.float32) for d, length in zip(deltas, lengths)],
+        None if deltas is None else [d[:length] for d, length in zip(deltas, lengths)],
     )
+
+
+def in_float64(name: str, values: np.ndarray) -> np.ndarray:
+    """The same numbers as float64; raises a `ValueError` where it does not hold them, as of whole ones above 2^53."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = values.astype(np.float64)
+        changed = (converted.astype(values.dtype) != values) & ~np.isnan(converted)
+    if changed.any():
+        raise ValueError(
+            f"`{name}` holds {values[changed][0]}, which float64 rounds to {converted[changed][0]:.17g}; subtract what "
+            "all values share."
+        )
+    return converted
+
+
+def decoded(labels: np.ndarray) -> np.ndarray:
+    """Class names in bytes as text; raises a `ValueError` if one is not UTF-8."""
+    names = {}
+    for label in np.unique(labels).tolist():
+        try:
+            names[label] = label.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`y` has the class {label!r}, which is not UTF-8 ({error}); save it as text.") from error
+    return np.array([names[label] for label in labels.tolist()])
 
 
 def check(data: SeriesData, missing_values: bool) -> None:
@@ -128,12 +169,14 @@ def check(data: SeriesData, missing_values: bool) -> None:
         missing_values: whether NaN has been declared to be a value that was not observed.
 
     Raises:
-        ValueError: there are no series, or one without steps; channels differ between series; a value is infinite, or
-            NaN without having been declared; a time delta is negative or not finite; there is one class only, or a
-            class has too few series to be split.
+        ValueError: there are no series, no channels, or a series without steps; channels differ between series; a value
+            is infinite, or NaN without having been declared; a time delta is negative or not finite; there is one class
+            only, two have names that look the same, or a class has too few series to be split.
     """
     if not data.series:
         raise ValueError(f"{data.name} has no series.")
+    if not data.channels:
+        raise ValueError(f"The series of {data.name} have no channels.")
     for i, values in enumerate(data.series):
         if len(values) == 0:
             raise ValueError(f"Series {i} of {data.name} has length 0; remove it.")
@@ -143,15 +186,60 @@ def check(data: SeriesData, missing_values: bool) -> None:
             raise ValueError(f"Series {i} of {data.name} holds infinite values; make them finite, or NaN (missing).")
         if np.isnan(values).any() and not missing_values:
             raise ValueError(f"Series {i} of {data.name} holds NaN; if they are missing values, pass --missing_values.")
-        if data.time_deltas is not None and not (np.isfinite(d := data.time_deltas[i]) & (d >= 0)).all():
-            raise ValueError(f"`time_deltas` of series {i} of {data.name} must be finite and not negative.")
+        if data.time_deltas is not None and (wrong := ~(np.isfinite(d := data.time_deltas[i]) & (d >= 0))).any():
+            raise ValueError(
+                f"`time_deltas` of series {i} of {data.name} must be finite and not negative, got {d[wrong][0]} (step "
+                f"{wrong.argmax()})."
+            )
     if len(data.classes) == 1:
         raise ValueError(f"All {len(data.series)} series of {data.name} are of class {data.classes[0]!r}.")
+    seen: dict[str, str] = {}
+    for name in data.classes:
+        shown = " ".join(unicodedata.normalize("NFKC", name).split())
+        if not shown:
+            raise ValueError(f"A class of {data.name} has the name {name!r}; give it one that can be read.")
+        if shown in seen:
+            raise ValueError(
+                f"The classes {seen[shown]!r} and {name!r} of {data.name} look the same; give them one name, or two."
+            )
+        seen[shown] = name
     rarest, number = Counter(data.labels.tolist()).most_common()[-1]
     if number < MINIMUM_PER_CLASS:
         raise ValueError(
             f"Class {data.classes[rarest]!r} of {data.name} has {number} series; at least {MINIMUM_PER_CLASS} are "
             "needed for all splits to have some. Add series, or leave the class out."
+        )
+
+
+def check_time_unit(data: SeriesData, time_constant: float) -> None:
+    """Refuses `time_deltas` in which no model can learn, because their unit is another than the regular step.
+
+    At every step a state goes dt / tau of the way to where it tends: where dt is above 2 tau it overshoots by more
+    than it was away, and grows without bound. That a gap now and then is so long does no harm.
+
+    Args:
+        time_constant: the shortest tau, in regular steps.
+
+    Raises:
+        ValueError: a typical step is too long, or even the longest series too short.
+    """
+    if data.time_deltas is None:
+        return
+    deltas = np.concatenate(data.time_deltas)
+    typical = float(np.median(deltas[deltas > 0])) if deltas.any() else 0.0
+    whole = max(float(series.sum()) for series in data.time_deltas)
+    unit = f"`time_deltas` of {data.name} must be in units of the regular step; their median is {typical:g}"
+    if typical > 2 * time_constant:
+        raise ValueError(
+            f"{unit}, and states grow without bound where it is above {2 * time_constant:g} (twice "
+            f"`time_constant_min`). Divide them by {typical:g}."
+        )
+    if typical == 0:
+        raise ValueError(f"`time_deltas` of {data.name} are all 0, so that no time passes; leave them out, or give 1.")
+    if whole < time_constant / 10:
+        raise ValueError(
+            f"{unit}, and in the longest series, which takes {whole:g} in all, states hardly change: their time "
+            f"constants begin at {time_constant:g} (`time_constant_min`). Divide them by {typical:g}."
         )
 
 
@@ -169,26 +257,39 @@ def split(data: SeriesData, seed: int) -> dict[str, np.ndarray]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def channel_statistics(series: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (C,) of the channels over all steps of these series, missing values left out; the
-    deviation of a constant channel counts as 1."""
-    values = np.concatenate(series).astype(np.float64)
+def channel_moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) of values (T, C), missing ones left out, in float64; the deviation of a channel
+    that is constant but for rounding is 0."""
     observed = ~np.isnan(values)
     count = observed.sum(0).clip(min=1)
     mean = np.where(observed, values, 0).sum(0) / count
-    deviation = np.sqrt((np.where(observed, values - mean, 0) ** 2).sum(0) / count)
-    return mean.astype(np.float32), np.where(deviation > 1e-6 * np.abs(mean), deviation, 1).astype(np.float32)
+    # What rounding took from the sum of large values.
+    mean += np.where(observed, values - mean, 0).sum(0) / count
+    spread = np.where(observed, values - mean, 0)
+    # In this unit no square overflows or vanishes.
+    unit = np.abs(spread).max(0)
+    unit[unit <= 4 * np.finfo(np.float64).eps * np.abs(mean)] = 0
+    return mean, unit * np.sqrt(((spread / np.where(unit > 0, unit, 1)) ** 2).sum(0) / count)
+
+
+def channel_statistics(series: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) of the channels over all steps of these series, missing values left out, in
+    float64; the deviation of a constant channel counts as 1."""
+    mean, deviation = channel_moments(np.concatenate(series))
+    return mean, np.where(deviation > 0, deviation, 1)
 
 
 def make_rows(
     data: SeriesData, indices: np.ndarray, mean: np.ndarray, deviation: np.ndarray
 ) -> list[dict[str, Tensor]]:
-    """Some of the series, normalised, as a map-style data set whose rows `collate` makes batches of."""
+    """Some of the series, normalised and only then in float32, as a map-style data set whose rows `collate` makes
+    batches of."""
     rows = []
     for i in indices:
-        row = {"input_values": torch.from_numpy((data.series[i] - mean) / deviation), "labels": int(data.labels[i])}
+        values = ((data.series[i] - mean) / deviation).astype(np.float32)
+        row = {"input_values": torch.from_numpy(values), "labels": int(data.labels[i])}
         if data.time_deltas is not None:
-            row["time_deltas"] = torch.from_numpy(data.time_deltas[i])
+            row["time_deltas"] = torch.from_numpy(data.time_deltas[i].astype(np.float32))
         rows.append(row)
     return rows
 

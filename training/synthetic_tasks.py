@@ -49,7 +49,6 @@ from transformers import get_scheduler
 from arguments import Distinct, integer, number, text
 from arguments import seed as any_seed
 from cpu_processes import start_missing_processes
-from free_memory import keep_freed_memory
 from lrcssm_hf import LrcSSMConfig, LrcSSMForSequenceModeling
 from pretrain import describe_environment, make_folder, make_optimizer, parse_overrides
 from series_rivals import MIXERS, build
@@ -417,7 +416,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    keep_freed_memory()
     args = parse_args(arguments)
     accelerator, runs = make_runs("training/synthetic_tasks.py", arguments, functools.partial(run_seeds, args))
     if accelerator.is_main_process:
