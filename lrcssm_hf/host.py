@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto import modeling_auto
@@ -90,6 +91,13 @@ def refuses_unknown(more: Iterable[str] = ()) -> Callable:
         return refusing
 
     return decorate
+
+
+def checkpoint_activations(model: PreTrainedModel, **options) -> None:
+    """Recompute what blocks hold for their gradients; `options` are of `torch.utils.checkpoint`. The method's name has
+    changed in transformers 5.24."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
 
 
 def register_names(model_type: str, names: dict[str, str]) -> None:

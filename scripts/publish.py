@@ -41,6 +41,7 @@ import lrcssm_hf
 from checked_json import read_json
 from lrcssm_hf import LrcSSMConfig
 from make_card import find_head, pipeline_tag, read_config
+from token_blocks import check_vocabulary
 
 
 _CODE = {Path(file).name: Path(file) for file in get_relative_import_files(lrcssm_hf.modeling_lrcssm.__file__)}
@@ -195,9 +196,9 @@ def check_tokenizer(folder: Path, config: LrcSSMConfig) -> None:
         ids = tokenizer("def mean(values):").input_ids
     except Exception as error:
         raise ValueError(f"The tokenizer does not load: {error}") from error
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if not ids or size > config.vocab_size:
-        raise ValueError(f"The tokenizer is not the model's: its ids end at {size - 1}, not {config.vocab_size - 1}.")
+    if not ids:
+        raise ValueError("The tokenizer makes no tokens of a text.")
+    check_vocabulary(tokenizer, config.vocab_size)
 
 
 def check_card(path: Path, repo_id: str, config: LrcSSMConfig, names: set[str]) -> None:

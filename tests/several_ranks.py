@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lrcssm_hf import lrc_scan, prefix_scan
+from lrcssm_hf.host import checkpoint_activations
 from problems import cast, leaves, random_problem
 from processes import join
 from tiny_models import make_model, random_ids
@@ -125,7 +126,7 @@ def check_model(name, changes, dtype, full, cuts, group) -> None:
     checkpointed, compiled = changes.pop("checkpointed", False), changes.pop("compiled", False)
     model = make_model(**changes).to(dtype).train()
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     if compiled:
         model = torch.compile(model, backend="aot_eager")
     inputs = {"input_ids": random_ids(3, STEPS)}

@@ -25,7 +25,7 @@ from lrcssm_hf import (
     LrcSSMModel,
     host,
 )
-from lrcssm_hf.host import CACHE, CACHE_NAMES
+from lrcssm_hf.host import CACHE, CACHE_NAMES, checkpoint_activations
 from lrcssm_hf.recurrent_cache import repeat_rows
 from tiny_models import make_model, make_writer, pad, random_ids
 
@@ -168,10 +168,8 @@ def test_the_names_of_the_heads_are_in_transformers_tables():
 def gradients(model, ids, checkpointing, cut=6):
     """Of the second piece of a text, given the state of the first."""
     model.train()
-    if checkpointing is None:
-        model.gradient_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    if checkpointing is not None:
+        checkpoint_activations(model, use_reentrant=checkpointing)
         model.enable_input_require_grads()
     with torch.no_grad():
         cache = read(model, ids[:, :cut])
@@ -181,7 +179,6 @@ def gradients(model, ids, checkpointing, cut=6):
     return loss, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("block_type", ["gated", "paper"])
 def test_checkpointing_changes_no_gradient_given_a_state(reentrant, block_type, ids):
@@ -193,10 +190,9 @@ def test_checkpointing_changes_no_gradient_given_a_state(reentrant, block_type, 
         assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_checkpointed_pieces_have_the_gradient_of_the_whole(ids):
     model = make_model().double().train()
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     whole = torch.autograd.grad(model(ids).logits[:, 6:].square().sum(), list(model.parameters()))
     cache = read(model, ids[:, :6])
     loss = model(ids[:, 6:], cache=cache, use_cache=True).logits.square().sum()
@@ -204,14 +200,13 @@ def test_checkpointed_pieces_have_the_gradient_of_the_whole(ids):
         assert torch.allclose(gradient, other, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @torch.no_grad()
 def test_a_model_in_training_mode_generates_with_its_memory(ids):
     """`generate` has no gradients on, and so nothing to do without a cache for."""
     model = make_writer()
     expected = model.generate(ids, **GREEDY)
     model.train()
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     assert model(ids)[CACHE] is not None
     with torch.enable_grad():

@@ -23,7 +23,7 @@ from lrcssm_hf import (
     LrcSSMForSequenceModeling,
     LrcSSMModel,
 )
-from lrcssm_hf.host import CACHE
+from lrcssm_hf.host import CACHE, checkpoint_activations
 from lrcssm_hf.modeling_lrcssm import LrcSSMSteps
 from tiny_models import LENGTHS, make_config, make_model, make_writer, pad, random_ids, without_memory
 
@@ -363,7 +363,7 @@ def test_gradient_checkpointing_changes_nothing(ids, use_reentrant):
     model(padded, attention_mask=mask, labels=padded).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     model(padded, attention_mask=mask, labels=padded, use_cache=True).loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name

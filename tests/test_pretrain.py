@@ -8,10 +8,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -351,3 +353,29 @@ def test_the_main_job_without_arguments(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert json.loads(result.stdout.splitlines()[-1])["nats_per_byte"] <= 1.5
+
+
+def test_only_what_was_trained_is_uploaded(tmp_path, monkeypatch):
+    """Whatever else lies in the folder, or is linked to from there."""
+    uploads = []
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=f"user/{name}")
+
+        def upload_folder(self, folder_path, allow_patterns, **_):
+            names = [path.name for path in folder_path.iterdir()]
+            uploads.extend(filter_repo_objects(names, allow_patterns=allow_patterns))
+
+    monkeypatch.setattr(pretrain, "HfApi", Hub)
+    (tmp_path / "key").write_text("secret")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "LICENSE").symlink_to(tmp_path / "key")
+    (folder / "notes.txt").write_text("mine")
+    text = tmp_path / "text.txt"
+    text.write_text("some text to learn from\n" * 100)
+    small = ["--config_overrides", "hidden_size=16,num_hidden_layers=1", "--max_train_steps", "2", "--block_size", "16"]
+    pretrain.main([*small, "--train_file", str(text), "--push_to_hub", "--output_dir", str(folder)])
+    assert {"model.safetensors", "config.json", "tokenizer.json", "training.json", "loss.png"} <= set(uploads)
+    assert not {"LICENSE", "notes.txt"} & set(uploads)

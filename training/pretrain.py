@@ -61,10 +61,11 @@ from context_pieces import ContextPieces, add_context_argument
 from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from free_memory import keep_freed_memory
+from lrcssm_hf.host import checkpoint_activations
 from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
 from token_blocks import check_vocabulary, vocabulary_size
 from training_state import read_own, read_state, require_known_sharing, write_state
-from whole_files import PARTIAL, remove_partial, whole_files, write_whole
+from whole_files import remove_partial, whole_files, write_whole
 
 
 matplotlib.use("Agg")
@@ -261,15 +262,18 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, adam_beta2), fused=True)
 
 
-def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> None:
-    """The model folder's files, each moved into place when all of them are written."""
-    state_dict = accelerator.get_state_dict(model)
+def save_model(accelerator: Accelerator, model, tokenizer, description: dict, folder: Path) -> list[str]:
+    """The model folder's files, each moved into place when all of them are written; returns their names, in the main
+    process."""
+    state_dict, names = accelerator.get_state_dict(model), []
     if accelerator.is_main_process:
         with whole_files(folder) as partial:
             accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state_dict)
             tokenizer.save_pretrained(partial)
             (partial / "training.json").write_text(json.dumps(description, indent=2) + "\n")
+            names = [path.name for path in partial.iterdir()]
     accelerator.wait_for_everyone()
+    return names
 
 
 class Metrics:
@@ -608,17 +612,21 @@ class Training:
             launch += ["--cpu"] if accelerator.device.type == "cpu" else []
         if accelerator.mixed_precision != "no":
             launch += ["--mixed_precision", accelerator.mixed_precision]
+        dataset = None
         if uses_default_data(args):
             source = f"the standard library of Python {platform.python_version()}"
         elif args.dataset_name is not None:
-            source = " ".join(filter(None, [args.dataset_name, args.dataset_config_name]))
+            # A local folder is nobody else's, and its path nobody's business.
+            is_local = Path(args.dataset_name).exists()
+            name = Path(args.dataset_name).name if is_local else args.dataset_name
+            dataset, source = None if is_local else name, " ".join(filter(None, [name, args.dataset_config_name]))
         else:
             source = Path(args.train_file).name
         return {
             "command": shlex.join([*launch, "training/pretrain.py", *arguments]),
             "data": {
                 "source": source,
-                "dataset": args.dataset_name,
+                "dataset": dataset,
                 "digest": blocks.digest,
                 "language": "code" if uses_default_data(args) else None,
                 "training_tokens": None if args.streaming else len(blocks.train) * args.block_size,
@@ -732,7 +740,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(args.seed, device_specific=True)
     use_compiled_mamba(inputs.model, accelerator)
     if args.gradient_checkpointing:
-        inputs.model.gradient_checkpointing_enable()
+        checkpoint_activations(inputs.model)
     if args.with_tracking:
         accelerator.init_trackers("lrcssm-pretrain", config=vars(args))
 
@@ -745,7 +753,7 @@ def main(arguments: list[str] | None = None) -> None:
             if stopped is None:
                 nats_per_byte = training.finish()
                 description = training.describe(sys.argv[1:] if arguments is None else arguments, inputs.blocks)
-                save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
+                written = save_model(accelerator, training.model, inputs.tokenizer, description, inputs.folder)
     except (ValueError, OSError, SafetensorError) as failed:
         # In every process: it may have happened in one only.
         who = "" if accelerator.num_processes == 1 else f"process {accelerator.process_index}: "
@@ -762,10 +770,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         if inputs.repository is not None:
+            # What else lies in the folder is the user's.
             HfApi().upload_folder(
                 repo_id=inputs.repository,
                 folder_path=inputs.folder,
-                ignore_patterns=["*checkpoint-*", f"{PARTIAL}*", ".cache*"],
+                allow_patterns=[*written, "metrics.jsonl", "loss.png"],
             )
         show(inputs.folder, nats_per_byte, default_data=uses_default_data(args))
 
