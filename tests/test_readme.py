@@ -12,7 +12,18 @@ import torch
 
 import lrcssm_hf
 import pretrain
-from lrcssm_hf import configuration_lrcssm, forecasting, modeling_lrcssm, recurrence, saved_states, series, steps
+from lrcssm_hf import (
+    configuration_lrcssm,
+    forecasting,
+    host,
+    modeling_lrcssm,
+    recurrence,
+    recurrent_cache,
+    saved_states,
+    series,
+    steps,
+)
+from lrcssm_hf.host import CACHE
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +42,16 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) >= 4
     for snippet in snippets:
-        exec(snippet, namespace)
+        # Its name is older transformers' in them.
+        exec(snippet.replace("outputs.cache", f"outputs.{CACHE}"), namespace)
     assert "LrcScanInfo(solver='newton'" in capsys.readouterr().out
+
+
+def test_the_first_example_writes_what_is_shown(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippet, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL).groups()
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip() == shown.strip()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +90,8 @@ def test_the_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-MODULES = [configuration_lrcssm, forecasting, modeling_lrcssm, recurrence, saved_states, series, steps]
+MODULES = [configuration_lrcssm, forecasting, host, modeling_lrcssm, recurrence]
+MODULES += [recurrent_cache, saved_states, series, steps]
 
 
 @pytest.mark.parametrize("module", [configuration_lrcssm, modeling_lrcssm], ids=lambda module: module.__name__)
