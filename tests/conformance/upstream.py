@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -49,8 +50,10 @@ def fetch(release: str) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # pip, because it is configured for the index that this machine uses. It prepares metadata, but builds nothing.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+        # pip, because it is configured for the index that this machine uses. It prepares metadata, but builds nothing. An
+        # environment of uv has none, but uv does.
+        pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uv", "tool", "run", "pip"]
+        command = [*pip, "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         command += ["--dest", scratch, f"transformers=={release}"]
         download = subprocess.run(command, capture_output=True, text=True)
         if download.returncode != 0:
