@@ -24,9 +24,9 @@ from transformers.utils import TransformersKwargs
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 
-# What transformers passes to any model: the keywords that it declares for every `forward`, and what its
-# `can_return_tuple` reads.
-_HOST_KEYWORDS = frozenset(TransformersKwargs.__optional_keys__) | {"return_dict"}
+# What transformers passes to any model: the keywords that it declares for every `forward`, what its `can_return_tuple`
+# reads, and what tokenizers made for BERT return, which its pipelines pass on.
+_HOST_KEYWORDS = frozenset(TransformersKwargs.__optional_keys__) | {"return_dict", "token_type_ids"}
 # And to a language model's loss beside what the model itself knows.
 LOSS_KEYWORDS = frozenset(inspect.signature(ForCausalLMLoss).parameters) - {"logits", "labels", "vocab_size", "kwargs"}
 
@@ -83,7 +83,8 @@ def refuses_unknown(more: Iterable[str] = ()) -> Callable:
         def refusing(self, *args, **kwargs):
             for name, value in kwargs.items():
                 if name not in known and value is not None:
-                    similar = [each for each in own if name in each] or difflib.get_close_matches(name, own)
+                    similar = [each for each in own if name in each and len(name) > 2]
+                    similar = similar or difflib.get_close_matches(name, own)
                     remedy = f"did you mean `{similar[0]}`?" if similar else f"it takes {', '.join(own)}."
                     raise ValueError(f"{type(self).__name__} takes no argument `{name}`; {remedy}")
             return forward(self, *args, **kwargs)

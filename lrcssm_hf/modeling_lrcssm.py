@@ -482,7 +482,8 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
                 told apart by `position_ids`. All ranks have to pass the same arguments and, if any does, all have to
                 go back, also one without a loss of its own (`0 * last_hidden_state.sum()`). A rank's gradients are its
                 part: average them over the ranks, as DDP and FSDP do, for those of the mean of the ranks' losses.
-            use_cache (`bool`): whether to return `cache`; by default `config.use_cache`, but not while training.
+            use_cache (`bool`): whether to return `cache`; by default `config.use_cache`, but not for a model in
+                training mode with gradients on.
             output_hidden_states (`bool`): whether to return the input of every block and the last output.
 
         Returns:
@@ -718,8 +719,8 @@ TRUNK_KEYWORDS = keywords(LrcSSMModel.forward)
 class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
     """The model with a language modelling head, and `generate`.
 
-    `generate` takes batches padded on either side, and continues from a `cache` given the new tokens only; one of a
-    single row is given to all of them, and one that is given to several beams or samples is copied for them.
+    `generate` takes batches padded on either side, and continues from a `cache` given the new tokens only. It goes
+    on in the cache itself, as in transformers, but for several beams, samples or prompts of one row in copies of it.
     Greedy decoding, sampling and beams work; what would take back tokens (assisted and contrastive decoding) or page
     them (continuous batching) is refused.
 
@@ -781,7 +782,9 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         """
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must be at least 0 (all), got {logits_to_keep}.")
-        of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS & kwargs.keys()}
+        of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
+        if labels is None and of_loss.get("shift_labels") is not None:
+            raise ValueError("`shift_labels` are `labels` that were shifted; pass both.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -837,13 +840,16 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE)
         require_cache(cache, self.config)
         if cache is not None and cache.has_previous_state():
+            if not model_kwargs.get("use_cache", True):
+                raise ValueError(f"`use_cache=False` would read the prompt again after `{CACHE}` has; leave it out.")
             known, rows = cache.layers[0].recurrent_states[0].shape[0], input_ids.shape[0]
-            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            if known != rows and (known == 1 or known * repeats == rows):
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            require_cache(cache, self.config, rows // copies if known > 1 else 1)
+            if known < rows:
                 cache = repeat_rows(cache, self.config, rows // known)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != CACHE}
         return super()._prefill(
-            input_ids, generation_config, {**model_kwargs, "recurrent_cache": cache}, *args, **kwargs
+            input_ids, generation_config, {**model_kwargs, "_recurrent_cache": cache}, *args, **kwargs
         )
 
     @takes_cache
@@ -851,7 +857,7 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         cache: Cache | None = None,
-        recurrent_cache: Cache | None = None,
+        _recurrent_cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -874,7 +880,7 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        cache = recurrent_cache if cache is None else cache
+        cache = _recurrent_cache if cache is None else cache
         if cache is not None and cache.has_previous_state():
             # Positions counted from the start of the prompt would start a new document.
             model_inputs.pop("position_ids", None)

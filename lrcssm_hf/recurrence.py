@@ -892,6 +892,8 @@ def _by_kernels(operator: str, backend: str, tensor: Tensor, *arguments):
     except (MemoryError, torch.OutOfMemoryError):  # PyTorch needs more still.
         raise
     except Exception as error:
+        if "can't allocate memory" in str(error):  # PyTorch's word for it on CPUs.
+            raise
         if not is_choice:
             reason = f"{type(error).__name__}: {error}"
             raise RuntimeError(f"backend {backend!r} has failed, try 'auto': {reason}") from error

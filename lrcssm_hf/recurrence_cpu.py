@@ -82,9 +82,10 @@ def _kernel(function):
         except Exception as error:  # Reading a cache unpickles it, which can raise anything.
             if called is in_memory:
                 raise
+            results = in_memory(*arguments)  # What fails without the cache too is not the cache's fault.
             _warn_once(f"{_NOT_CACHED} Deleting {called.stats.cache_path} may help.", error)
             compiled = in_memory
-        return in_memory(*arguments)
+            return results
 
     return kernel
 
@@ -480,8 +481,8 @@ def _run(kernel, arguments: tuple, batch: int, steps: int, size: int, blocks: in
         # before it is done again.
         pool.shutdown(cancel_futures=True)
         _pool.cache_clear()
-        _warn_once("The compiled recurrence runs in the calling thread alone.", error)
         kernel(*arguments, blocks, width, 0, items)
+        _warn_once("The compiled recurrence runs in the calling thread alone.", error)
 
 
 def _partition(batch: int, size: int) -> tuple[int, int]:

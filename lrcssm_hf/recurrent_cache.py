@@ -54,7 +54,8 @@ def _find_problem(cache: Cache, config: LrcSSMConfig, rows: int | None) -> str |
             return f"one whose layer {index} has read other steps than the first"
         if layer.has_previous_state[0]:
             shapes = tuple(layer.conv_states[0].shape), tuple(layer.recurrent_states[0].shape)
-            if shapes != state_shapes(config, shapes[1][0] if rows is None else rows):
+            rows = shapes[1][0] if rows is None else rows  # of all layers, those of the first
+            if shapes != state_shapes(config, rows):
                 return f"the shapes {shapes[0]} and {shapes[1]} in layer {index}"
     return None
 

@@ -72,8 +72,10 @@ class SavedStatesMixin:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{str(path)!r} is not a whole file of `save_state`: {error}") from error
         for name, tensor in tensors.items():
-            if not (tensor.is_floating_point() and tensor.isfinite().all()):
-                raise ValueError(f"{str(path)!r}: {name} must be finite numbers, got {tensor.dtype} with others.")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{str(path)!r}: {name} must be of a floating type, got {tensor.dtype}.")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{str(path)!r}: {name} holds NaN or infinite values.")
         for index in range(self.config.num_hidden_layers):
             device = next(self.base_model.block(index).parameters()).device
             state = (tensors[f"layers.{index}.{part}"].to(device) for part in ("conv_state", "recurrent_state"))

@@ -24,7 +24,9 @@ def in_full(values: Tensor) -> Tensor:
             f"Values of series must be real, got {values.dtype}; pass real and imaginary parts as channels."
         )
     is_integer = not values.is_floating_point() and values.dtype != torch.bool
-    lowest = torch.float64 if is_integer and values.element_size() > 2 else torch.float32
+    # Apple's GPUs have no float64.
+    is_long = is_integer and values.element_size() > 2 and values.device.type != "mps"
+    lowest = torch.float64 if is_long else torch.float32
     return values.to(torch.promote_types(values.dtype, lowest))
 
 

@@ -163,8 +163,9 @@ class LrcSSMSteps(NamedTuple):
 
 def may_look(tensor: Tensor) -> bool:
     """Whether values may be checked: elsewhere than on the CPU that would stall the device's queue, and what is being
-    traced has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced or transformed has none."""
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not is_traced
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:

@@ -245,6 +245,7 @@ def rewrite(path, change):
 
 
 RECURRENT = "layers.1.recurrent_state"
+LAYER = (RECURRENT, "layers.1.conv_state")
 DAMAGE = {
     "another value": (lambda tensors, _: tensors[RECURRENT].mul_(1 + 1e-6), "not those that were written"),
     "another shape": (lambda tensors, _: tensors.update({RECURRENT: tensors[RECURRENT][:1]}), "not those that were"),
@@ -266,14 +267,18 @@ def with_digest(change):
 
 
 DAMAGE |= {
-    "not finite": (with_digest(lambda tensors: tensors[RECURRENT].fill_(torch.nan)), f"{RECURRENT} must be finite"),
+    "not finite": (with_digest(lambda tensors: tensors[RECURRENT].fill_(torch.nan)), f"{RECURRENT} holds NaN"),
     "whole numbers": (
         with_digest(lambda tensors: tensors.update({RECURRENT: tensors[RECURRENT].long()})),
-        f"{RECURRENT} must be finite numbers, got torch.int64",
+        f"{RECURRENT} must be of a floating type, got torch.int64",
     ),
     "other rows": (
         with_digest(lambda tensors: tensors.update({RECURRENT: tensors[RECURRENT][:1]})),
         r"\(1, 32\) in layer 1",
+    ),
+    "other rows of a layer": (
+        with_digest(lambda tensors: tensors.update({name: tensors[name][:1] for name in LAYER})),
+        r"got the shapes \(1, 32, 3\) and \(1, 32\) in layer 1",
     ),
 }
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -16,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.auto import modeling_auto
-from transformers.utils import TransformersKwargs, generic
+from transformers.utils import generic
 
 from lrcssm_hf import (
     LrcSSMForCausalLM,
@@ -120,13 +121,17 @@ def test_what_transformers_passes_to_any_model_is_let_through(ids):
     for head in HEADS:
         model = make_model(head)
         expected = model(ids)[0]
-        nothing = dict.fromkeys(["token_type_ids", "pixel_values"])
-        assert torch.equal(
-            model(ids, output_attentions=False, return_dict=True, is_causal=True, **nothing)[0], expected
-        )
+        passed = {"output_attentions": False, "return_dict": True, "is_causal": True, "pixel_values": None}
+        # As tokenizers made for BERT return it.
+        passed["token_type_ids"] = torch.zeros_like(ids)
+        assert torch.equal(model(ids, **passed)[0], expected)
     assert {"num_items_in_batch", "cu_seq_lens_k", "max_length_q", "output_router_logits"} <= host._HOST_KEYWORDS
-    assert TransformersKwargs.__optional_keys__ <= host._HOST_KEYWORDS
     assert {"num_items_in_batch", "ignore_index", "shift_labels"} == host.LOSS_KEYWORDS
+
+
+def test_shifted_labels_without_labels_are_refused(ids):
+    with pytest.raises(ValueError, match="`shift_labels` are `labels` that were shifted; pass both"):
+        make_model()(ids, shift_labels=ids)
 
 
 def test_the_loss_is_told_what_is_for_it(ids):
@@ -160,6 +165,19 @@ def test_the_names_of_the_heads_are_in_transformers_tables():
     }.items():
         assert getattr(modeling_auto, table)["lrcssm"] == head.__name__
     assert type(AutoModelForCausalLM.from_config(make_model().config)) is LrcSSMForCausalLM
+
+
+def test_gradients_of_every_row_by_torch_func(ids):
+    model = make_model(num_hidden_layers=1).double()
+    weights = dict(model.named_parameters())
+
+    def loss(weights, row):
+        return functional_call(model, weights, (row[None],), {"labels": row[None], "use_cache": False}).loss
+
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, ids)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(rows[name].mean(0), parameter.grad, rtol=1e-8, atol=1e-10)
 
 
 # --- Modes: training, gradients, inference --------------------------------------------------------------------------
@@ -283,6 +301,21 @@ def test_a_state_is_given_to_all_rows_that_ask_for_it(options, rows, writer, ids
     torch.manual_seed(0)
     assert torch.equal(writer.generate(questions, cache=cache, **{**GREEDY, **options})[:, 5:], expected)
     assert torch.equal(cache.layers[0].recurrent_states[0], before)
+
+
+@torch.no_grad()
+def test_a_state_goes_on_in_its_cache_and_only_for_as_many_prompts(writer, ids):
+    cache = read(writer, ids[:, :9])
+    expected = writer.generate(ids, **GREEDY)[:, 14:]
+    with pytest.raises(ValueError, match="would read the prompt again after"):
+        writer.generate(ids[:, 9:], cache=cache, use_cache=False, **GREEDY)
+    for rows, beams in ((1, 2), (1, 1)):
+        with pytest.raises(ValueError, match=rf"`{CACHE}` must be.*\({rows}, 32\); got the shapes \(2, 32, 3\)"):
+            writer.generate(ids[:rows, 9:], cache=cache, num_beams=beams, **GREEDY)
+    assert torch.equal(writer.generate(ids[:, 9:], cache=cache, **GREEDY)[:, 5:], expected)
+    # It has read all but the last of these tokens.
+    whole = read(writer, torch.cat([ids, expected[:, :-1]], 1))
+    assert torch.allclose(cache.layers[2].recurrent_states[0], whole.layers[2].recurrent_states[0], atol=1e-4)
 
 
 def of_other_layers(model, ids):

@@ -144,15 +144,30 @@ def test_kernels_that_were_asked_for_and_fail_say_so(nothing_said, warnings):
     assert not warnings()
 
 
-def test_memory_that_is_not_there_stays_an_error(nothing_said, warnings):
-    def fail(*arguments):
-        raise MemoryError("Unable to allocate 1 TiB")
+def allocate_too_much_by_numpy(*arguments):
+    raise MemoryError("Unable to allocate 1 TiB")
 
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(lrc_scan=fail)
-    with pytest.raises(MemoryError, match="1 TiB"):
+
+def allocate_too_much_by_torch(*arguments):
+    return torch.empty(2**45)
+
+
+@pytest.mark.parametrize("allocate", [allocate_too_much_by_numpy, allocate_too_much_by_torch])
+def test_memory_that_is_not_there_stays_an_error(allocate, nothing_said, warnings):
+    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(lrc_scan=allocate)
+    with pytest.raises((MemoryError, RuntimeError), match="allocate"):
         assert_right()
     recurrence._loaded["cpu"] = recurrence_cpu.KERNELS
     assert_right()
+    assert not warnings()
+
+
+def test_what_does_not_compile_at_all_is_not_the_fault_of_the_cache(nothing_said, warnings):
+    def wrong(number):
+        return number.no_such_attribute
+
+    with pytest.raises(Exception, match="no_such_attribute"):
+        recurrence_cpu._kernel(wrong)(1.0)
     assert not warnings()
 
 

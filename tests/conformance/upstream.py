@@ -50,8 +50,8 @@ def fetch(release: str) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # pip, because it is configured for the index that this machine uses. It prepares metadata, but builds nothing. An
-        # environment of uv has none, but uv does.
+        # pip, because it is configured for the index that this machine uses; an environment of uv's has none, but uv
+        # does. It prepares metadata, but builds nothing.
         pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["uv", "tool", "run", "pip"]
         command = [*pip, "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         command += ["--dest", scratch, f"transformers=={release}"]
