@@ -8,6 +8,8 @@ import torch
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes of pytest's share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 if not torch.cuda.is_available():
     # Triton reads it when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"

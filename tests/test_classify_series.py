@@ -164,6 +164,7 @@ def test_every_kind_of_network_trains_and_pretrains(model, tmp_path):
 
 
 def test_minirocket_has_the_same_splits(tmp_path):
+    pytest.importorskip("aeon")
     write_waves(tmp_path)
     main(["--data_file", str(tmp_path / "waves.npz"), "--model", "minirocket", "--output_dir", str(tmp_path / "run")])
     (run,) = read(tmp_path).values()

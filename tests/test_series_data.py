@@ -41,6 +41,7 @@ def write_npz(folder, **arrays):
 
 
 def test_an_archive_set_is_all_of_aeons_with_the_channels_last():
+    pytest.importorskip("aeon")
     data = load_archive("BasicMotions")
     assert data.classes == ["badminton", "running", "standing", "walking"] and data.channels == 6
     assert data.lengths == (100, 100) and np.bincount(data.labels).tolist() == [20, 20, 20, 20]
@@ -54,6 +55,7 @@ def test_an_archive_set_is_all_of_aeons_with_the_channels_last():
 
 
 def test_an_archive_set_of_unequal_lengths():
+    pytest.importorskip("aeon")
     data = load_archive("JapaneseVowels")
     assert len(data.series) == 640 and data.lengths == (7, 29) and data.channels == 12 and len(data.classes) == 9
 
@@ -133,6 +135,7 @@ def test_a_broken_npz_file_is_named(tmp_path, damage):
 
 
 def test_a_name_that_aeon_does_not_know():
+    pytest.importorskip("aeon")
     with pytest.raises(ValueError, match="--dataset_name 'NoSuchSet' cannot be loaded; is the name right"):
         load_archive("NoSuchSet")
 
@@ -141,6 +144,7 @@ def test_a_set_that_cannot_be_downloaded(monkeypatch):
     def offline(name):
         raise OSError("no route to host")
 
+    pytest.importorskip("aeon")
     monkeypatch.setattr("aeon.datasets.load_classification", offline)
     with pytest.raises(ValueError, match="'Heartbeat' cannot be loaded; .* a network to download it.*no route to host"):
         load_archive("Heartbeat")

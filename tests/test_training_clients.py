@@ -7,7 +7,6 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 import two_processes
 from lrcssm_hf import LrcSSMForCausalLM, LrcSSMForSequenceClassification, LrcSSMForSequenceModeling
@@ -150,6 +149,7 @@ def test_marks_that_do_not_fit_are_refused(rows, marks, message):
 
 def test_trl_packs_documents_without_mixing_them(tmp_path):
     """Packed, flattened and padded, the same documents give the same losses and gradients."""
+    trl = pytest.importorskip("trl")
     tokenizer = load_tokenizer(None)
     texts = ["def f(x): return x", "a text that goes on " * 2, "short", "import os; print(os)", "x=1", "for i in y: z"]
     layouts = {
@@ -160,7 +160,7 @@ def test_trl_packs_documents_without_mixing_them(tmp_path):
     losses, shapes = {}, {}
     for name, options in layouts.items():
         model = make_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-        arguments = SFTConfig(
+        arguments = trl.SFTConfig(
             tmp_path,
             per_device_train_batch_size=len(texts),
             max_steps=3,
@@ -172,7 +172,7 @@ def test_trl_packs_documents_without_mixing_them(tmp_path):
             **QUIET,
         )
         data = Dataset.from_dict({"text": texts})
-        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
         shapes[name] = next(iter(trainer.get_train_dataloader()))["input_ids"].shape
         trainer.train()
         losses[name] = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
