@@ -30,7 +30,9 @@ def table(header: list[str], rows: list[list]) -> str:
 def main() -> int:
     outcomes = Outcomes()
     # The last test compares with the table that is about to be written.
-    status = pytest.main([str(TESTS), "-q", "--numprocesses=0", "--tb=short", "-k", "not in_the_table"], plugins=[outcomes])
+    status = pytest.main(
+        [str(TESTS), "-q", "--numprocesses=0", "--tb=short", "-k", "not in_the_table"], plugins=[outcomes]
+    )
     if not outcomes.classes.get(REFERENCE):
         print("No test was run; nothing is written.", file=sys.stderr)
         return int(status) or 1

@@ -70,21 +70,6 @@ class ModelTester:
         return self.get_config(), {**inputs, "attention_mask": torch.ones(shape, dtype=torch.long).tril()}
 
 
-class ModelTests(ModelTesterMixin):
-    """What the classes below have in common."""
-
-    has_attentions = False
-    config_class = LrcSSMConfig
-    options = {}
-
-    def setUp(self):
-        self.model_tester = ModelTester(self.config_class, self.options)
-
-    def test_config(self):
-        common = ["hidden_size", "num_hidden_layers"]
-        ConfigTester(self, self.config_class, common_properties=common, hidden_size=37).run_common_tests()
-
-
 def skipped(reason):
     """In place of a mixin's test that cannot apply."""
 
@@ -93,6 +78,26 @@ def skipped(reason):
         raise NotImplementedError
 
     return test
+
+
+class ModelTests(ModelTesterMixin):
+    """What the classes below have in common."""
+
+    has_attentions = False
+    config_class = LrcSSMConfig
+    options = {}
+    # Of transformers 5.24.
+    test_bc_cache_name_forward = skipped(
+        "wants a warning at the cache's older names, which are taken as well here, and asks a recurrent cache for its "
+        "length, at which transformers' Mamba fails too"
+    )
+
+    def setUp(self):
+        self.model_tester = ModelTester(self.config_class, self.options)
+
+    def test_config(self):
+        common = ["hidden_size", "num_hidden_layers"]
+        ConfigTester(self, self.config_class, common_properties=common, hidden_size=37).run_common_tests()
 
 
 class TrainingTests(TrainingTesterMixin):
