@@ -212,6 +212,20 @@ def test_times_in_seconds_are_refused_before_training(tmp_path, monkeypatch, cap
     assert "Divide them by 3600" in error
 
 
+@pytest.mark.parametrize("model", [["lru"], ["lrcssm-paper"], ["lrcssm", "--config_overrides", "block_type=paper"]])
+def test_the_unit_of_times_is_that_of_the_gated_block_only(model, tmp_path, monkeypatch):
+    class Trained(Exception):
+        """Where training begins."""
+
+    def train(*_):
+        raise Trained
+
+    monkeypatch.setattr(classify_series, "train_network", train)
+    write_waves(tmp_path, time_deltas=np.full((60, 12), 3600))
+    with pytest.raises(Trained):
+        classify(tmp_path, "--model", *model)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

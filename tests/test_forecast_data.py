@@ -1,6 +1,7 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """Series are what they are said to be, and no window of a split sees what it should not."""
 
+import json
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.integrate import solve_ivp
 import forecast_data
 from csv_columns import read_columns
 from forecast_data import Series, named_series, read_series, split_series
+from forecast_report import RECORD, read_run
 
 
 def make_series(steps=200, channels=2, seed=0):
@@ -139,6 +141,69 @@ FILES = {
         "time,a\n2020-01-01T00:00,5\n2020-01-01T01:00,3\n2020-01-01T02:00,2\n2020-01-01T09:00,9\n", {"a": [5, 3, 2, 9]},
         {"time": "times .* in steps from 0 days 01:00:00 to 0 days 07:00:00, which count as equal"}, {},
     ),
+    "the day first": (
+        "date;a\n01/06/2020;5\n13/06/2020;3\n01/07/2020;9\n", {"a": [5, 3, 9]},
+        {"date": "times from 01/06/2020 to 01/07/2020$"}, {},
+    ),
+    "American times": (
+        "Date,a\n6/30/2016 9:00,5\n6/30/2016 10:00,3\n6/30/2016 11:00,9\n", {"a": [5, 3, 9]},
+        {"Date": "times from 6/30/2016 9:00 to 6/30/2016 11:00$"}, {},
+    ),
+    "German times": (
+        "Zeit;a\n31.12.2015 23:50:00;5\n01.01.2016 00:00:00;3\n01.01.2016 00:10:00;9\n", {"a": [5, 3, 9]},
+        {"Zeit": "times from 31.12.2015 23:50:00 to 01.01.2016 00:10:00$"}, {},
+    ),
+    "times of UTC": (
+        "t,a\n2020-01-01 10:00:00 UTC,5\n2020-01-01 11:00:00 UTC,3\n2020-01-01 12:00:00 UTC,9\n", {"a": [5, 3, 9]},
+        {"t": "times from 2020-01-01 10:00:00 UTC"}, {},
+    ),
+    "a time that is missing": (
+        "date,a\n2020-01-01,5\n,3\n2020-01-03,2\n2020-01-05,9\n", {"a": [5, 3, 2, 9]},
+        {"date": "times from 2020-01-01 to 2020-01-05, 1 of them missing$"}, {},
+    ),
+    "a year that is missing": (
+        "year,a\n2018,5\n,3\n2020,2\n2021,9\n", {"a": [5, 3, 2, 9]}, {"year": "rises with every row, as times do"}, {},
+    ),
+    "months in words": (
+        "date,a\nJan 2020,5\nFeb 2020,3\nMar 2020,9\n", {"a": [5, 3, 9]},
+        {"date": "text, such as 'Jan 2020'; the order of time was not checked"}, {},
+    ),
+    "pandas' table of sensors": (
+        ",773869,767541\n2012-03-01 00:00:00,64.4,67.6\n2012-03-01 00:05:00,62.7,68.5\n2012-03-01 00:10:00,66,0\n",
+        {"773869": [64.4, 62.7, 66], "767541": [67.6, 68.5, 0]}, {"column 1": "times from 2012-03-01 00:00:00"}, {},
+    ),
+    "an index and years": (
+        ",1990,1991\n0,5,2\n1,3,0\n2,9,1\n", {"1990": [5, 3, 9], "1991": [2, 0, 1]}, {"column 1": "rises by 1"}, {},
+    ),
+    "depths": (
+        "date,0.5,1.0\n2020-01-01,5,2\n2020-01-02,3,0\n2020-01-03,9,1\n", {"0.5": [5, 3, 9], "1.0": [2, 0, 1]},
+        {"date": "times from"}, {},
+    ),
+    "quantiles": (
+        "date,10%,90%\n2020-01-01,5,2\n2020-01-02,3,0\n2020-01-03,9,1\n", {"10%": [5, 3, 9], "90%": [2, 0, 1]},
+        {"date": "times from"}, {},
+    ),
+    "names that begin with digits": ("2T,1Z\n5,2\n3,0\n", {"2T": [5, 3], "1Z": [2, 0]}, {}, {}),
+    "a filtered table": (
+        ",Unnamed: 0,index,id,row,no,a\n" + "".join(f"{','.join([str(i * i)] * 6)},{i % 3}\n" for i in range(5)),
+        {"a": [0, 1, 2, 0, 1]},
+        dict.fromkeys(("column 1", "Unnamed: 0", "index", "id", "row", "no"), "rises with every row, as row numbers"),
+        {},
+    ),
+    "names that have a time in them": (
+        "candidates,uptime,utc_offset\n1,9,2\n4,7,2\n9,2,1\n",
+        {"candidates": [1, 4, 9], "uptime": [9, 7, 2], "utc_offset": [2, 2, 1]}, {}, {},
+    ),
+    "times by other names": (
+        "start_time,DateTime,eventTime,unixtime,a\n1,1,1,1,5\n4,4,4,4,3\n9,9,9,9,9\n", {"a": [5, 3, 9]},
+        dict.fromkeys(("start_time", "DateTime", "eventTime", "unixtime"), "rises with every row, as times do"), {},
+    ),
+    "semicolons, and commas before three digits": (
+        "a;b\n27,687;1\n28,012;.\n", {"a": [27.687, 28.012], "b": [1, None]}, {}, {".": 1}
+    ),
+    "semicolons, and thousands as their number says": (
+        "a;b\n27,687;1\n1,028,012;0\n", {"a": [27687, 1028012], "b": [1, 0]}, {}, {}
+    ),
     "the hour that comes twice": (
         "time,a\n" + "".join(f"2020-10-25T{hour:02}:00,{hour % 5}\n" for hour in (0, 1, 2, 2, *range(3, 18))),
         {"a": [hour % 5 for hour in (0, 1, 2, 2, *range(3, 18))]}, {"time": "times from 2020-10-25T00:00 to"}, {},
@@ -191,6 +256,45 @@ def test_csv_files_of_the_world_are_read_as_meant(kind, tmp_path):
         ),
         ("day,a\n2020-01-01,1\n2020-01-02,5\n2020-01-01,2\n2020-01-02,3\n", "line 4, column 'day': .* give one series"),
         ("year,a\n2020,1\n2019,5\n2017,2\n", "the times in the column 'year' fall"),
+        *(
+            (f"{dates}{footer}\n", f"line 22, column 'date': '{first}' is no time, and 20 of the 21 values .* footer")
+            for footer, first in (("Total,99", "Total"), ("Source: NOAA,", "Source: NOAA"), ("Mean,20", "Mean"))
+            for dates in (
+                "date,a\n" + "".join(f"2020-01-{day:02},{day % 7}\n" for day in range(1, 21)),
+                "date,a\n" + "".join(f"01/{day:02}/2020,{day % 7}\n" for day in range(1, 21)),
+            )
+        ),
+        ("date,a\n2020-01-04,1\n,5\n2020-01-03,2\n2020-01-01,1\n", "line 4, column 'date': '2020-01-03' comes after"),
+        (
+            "date,a\n2020-01-01,1\n2020-01-02,5\n2020-01-03,2\n,8\n",
+            "line 5, column 'date': '' is no time, and 3 .* footer",
+        ),
+        ("date,a\n2020-01-01,1\n2020-01-32,5\n2020-02-01,2\n", "line 3, column 'date': '2020-01-32' is no time"),
+        ("Year,a\n2020,1\n2019,5\n2018,2\n", "the times in the column 'Year' fall; sort the rows, the oldest first"),
+        ("timestamp,a\n180,1\n120,5\n60,2\n", "the times in the column 'timestamp' fall"),
+        ("year,a\n2020,1\n,7\n2019,5\n2018,2\n", "the times in the column 'year' fall"),
+        ("year,month,a\n2020,2,1\n2020,1,5\n2019,12,2\n", "the times in the column 'year' fall"),
+        ("day,a\n07/01/2016,1\n06/30/2016,5\n06/29/2016,2\n", "line 3, column 'day': '06/30/2016' comes after '07/01"),
+        ("day,a\n01/07/2016,1\n30/06/2016,5\n29/06/2016,2\n", "line 3, column 'day': '30/06/2016' comes after '01/07"),
+        ("day;a\n1.7.2016;1\n30.6.2016;5\n29.6.2016;2\n", "line 3, column 'day': '30.6.2016' comes after '1.7.2016'"),
+        (
+            "day,a\n01/06/2016,1\n02/06/2016,5\n01/07/2016,2\n02/07/2016,1\n",
+            "line 4, column 'day': '01/07/2016' comes after '02/06/2016' if the day is first, or if the month",
+        ),
+        (
+            "t,a\n2020-01-01 12:00:00 UTC,1\n2020-01-01 11:00:00 UTC,5\n2020-01-01 10:00:00 UTC,2\n",
+            "line 3, column 't': '2020-01-01 11:00:00 UTC' comes after",
+        ),
+        ("2020-01-01T00:00Z,2\n2020-01-01T01:00Z,4\n", "the first line has values, such as '2020-01-01T00:00Z'"),
+        ("NA,2.5\n3,4\n", "the first line has values, such as '2.5'"),
+        ("a;b\n27,687;1.5\n28,012;2.5\n", "line 2, column 'a': '27,687' is a decimal .*, as 'b' has no decimal commas"),
+        ("a;b\n27,687;1.234\n28,012;2.345\n", "line 2, column 'a': '27,687' is a decimal number, or"),
+        (
+            "a;b\n27,687;1,234,567\n28,012;1\n",
+            "line 2, column 'a': '27,687' is a decimal .*, as 'b' has no decimal commas",
+        ),
+        ("a;b\n27,687;1\n1.234;2\n", "line 2, column 'a': '27,687' is 27.687 or 27687, and no other value"),
+        ("a;b\n1,5;1.234\n2,5;.\n", "line 2, column 'b': '1.234' is a decimal number"),
         ("id,a\n12345678901234567891,1\n5,2\n", "line 2, column 'id': '12345678901234567891' has more digits"),
         ("Temp. \u00b0C;a\n1;2\n".encode("latin-1"), "line 1 is not UTF-8 \\(byte 0xb0\\); save the file as UTF-8"),
         ("a,b\n1,2\n".encode("utf-16-le"), "it holds NUL characters"),
@@ -213,12 +317,32 @@ def test_columns_that_are_named_are_read_whatever_they_are(tmp_path):
         read_series(str(tmp_path / "data.tsv"))
 
 
+def test_a_table_without_some_of_its_rows_keeps_its_row_numbers_if_wanted(tmp_path):
+    (tmp_path / "data.csv").write_text(",a\n0,5\n1,3\n4,9\n")
+    assert read_series(str(tmp_path / "data.csv")).channels == ["a"]
+    series = read_series(str(tmp_path / "data.csv"), ["column 1", "a"])
+    assert series.channels == ["column 1", "a"] and series.values.tolist() == [[0, 5], [1, 3], [4, 9]]
+
+
 def test_a_file_of_row_numbers_only_says_why_it_has_none(tmp_path):
     (tmp_path / "data.csv").write_text("a,b\n1,x\n2,y\n3,z\n")
     with pytest.raises(
         ValueError, match="holds no numbers. Left out: a, rises by 1 with every row.* Left out: b, text"
     ):
         read_series(str(tmp_path / "data.csv"))
+
+
+@pytest.mark.parametrize("rate", [1e-3, None])
+def test_a_record_without_a_learning_rate_is_named(rate, tmp_path):
+    """Of a model that does not learn it is null."""
+    made = {list: [], dict: {}, str: "", int: 1, float: 0.5}
+    record = {name: made.get(kind) for name, kind in RECORD.items()} | {"learning_rate": rate}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert read_run(tmp_path) == record
+    del record["learning_rate"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"run.json is not the record .* no 'learning_rate' of type float \| None"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("origin", [1e9, -(2.0**40)])
@@ -302,6 +426,7 @@ def test_a_series_that_cannot_be_split(context, ahead, change, message):
         ("a,b\n1,\n2,\n", None, "the column 'b' holds no values"),
         ("a\n1\ninf\n", None, "line 3, column 'a': 'inf' is not a number"),
         ("a\n1\n1e999\n", None, "infinite values"),
+        (f"a\n1\n{'7' * 400}\n", None, "infinite values"),
     ],
 )
 def test_files_that_cannot_be_used(content, columns, message, tmp_path):

@@ -399,7 +399,7 @@ def classify(args: argparse.Namespace, accelerator: Accelerator, command: str) -
     config = make_config(args, data)
     if args.model == "minirocket":
         check_minirocket(data)
-    else:
+    elif args.model == "lrcssm" and config.block_type == "gated":
         check_time_unit(data, config.time_constant_min)
     settings = make_settings(args, data)
     runs = read_runs(folder, settings)

@@ -26,7 +26,13 @@ SEPARATORS = ",;\t|"
 MISSING = {"", "?", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "-", "--", "."}
 # Apostrophes and spaces, breaking or not.
 _GROUPING = "'\u2019 \u00a0\u202f"
-_TIME = re.compile("time|date|year|epoch|stamp", re.IGNORECASE)
+# As a word of its own or a capitalised one: in "start_time", "DateTime" and "eventTime", and not in "candidates".
+_TIME = re.compile(
+    r"(?:(?<![^\W\d_])|(?<=[a-z])(?=[A-Z]))(?i:(?:unix|utc)?(?:date|time|year|epoch|stamp)+s?)(?![^\W\d_])"
+)
+_ROW = re.compile(r"unnamed: \d+|index|id|row|no\.?", re.IGNORECASE)
+# What stands where a name should, if the names are missing.
+_VALUE = re.compile(r"[+-]?[.,]?\d(?:[\d.,:/+% eE-]*|(?=.*[-:])[\d.,:/+%TZ eE-]*)")
 _HOUR = pd.Timedelta(hours=1)
 
 
@@ -64,14 +70,15 @@ class _Column(NamedTuple):
     present: list[int]
     is_named: bool
     is_percent: bool
+    between_semicolons: bool
 
     @classmethod
-    def of(cls, number: int, name: str, cells: list[str], lines: list[int]) -> _Column:
+    def of(cls, number: int, name: str, cells: list[str], lines: list[int], between_semicolons: bool) -> _Column:
         present = [index for index, cell in enumerate(cells) if cell.lower() not in MISSING]
         is_percent = bool(present) and all(cells[index].endswith("%") for index in present)
         if is_percent:
             cells = [cell.removesuffix("%").rstrip() for cell in cells]
-        return cls(name or f"column {number}", cells, lines, present, bool(name), is_percent)
+        return cls(name or f"column {number}", cells, lines, present, bool(name), is_percent, between_semicolons)
 
     def refusal(self, index: int, problem: str) -> ValueError:
         """What is wrong with a cell."""
@@ -91,8 +98,9 @@ def read_columns(path: Path, wanted: list[str] | None = None) -> Columns:
     Row numbers and times are left out unless they are wanted. A column of percentages has its unit in its name.
 
     Raises:
-        ValueError: the file is no table with a header, a value cannot be read or in two ways, times do not rise, or a
-            wanted column is missing or holds no numbers. The message has the line, the column, the value and the fix.
+        ValueError: the file is no table with a header, a value cannot be read or in two ways, times do not rise or are
+            none in a few rows, or a wanted column is missing or holds no numbers. The message has the line, the column,
+            the value and the fix.
     """
     columns = choose({column.name: column for column in _split(_decode(path.read_bytes()))}, wanted)
     found, left_out, missing = [], {}, Counter()
@@ -147,8 +155,12 @@ def _read(column: _Column, must_be_numbers: bool) -> _Numbers | None:
         problem = f"is not a number, and {count} of the {len(cells)} values of the column are; {fix}"
         raise column.refusal(present[matches[mark].index(False)], problem)
     if any("," in cell for cell in cells) and all(map(all, matches.values())):
+        # Semicolons are between columns where commas are decimal.
+        if column.between_semicolons and not any("." in cell for cell in cells):
+            values[present] = [_float(cell, ",") for cell in cells]
+            return _Numbers(values, ",")
         index = next(index for index in present if _is_twofold(column.cells[index]))
-        ways = " or ".join(f"{_float(column.cells[index], mark):.17g}" for mark in ",.")
+        ways = " or ".join(f"{_float(column.cells[index], mark):.15g}" for mark in ",.")
         problem = f"is {ways}, and no other value of the column decides"
         raise column.refusal(index, f"{problem}; write it with a decimal point, or without a comma")
     values[present] = [_float(cell, mark) for cell in cells]
@@ -165,21 +177,25 @@ def _is_twofold(cell: str) -> bool:
 
 
 def _check_marks(found: list[tuple[_Column, _Numbers]]) -> None:
-    """Refuses "1.234" where other columns have decimal commas, unless its own column decides."""
-    with_commas = [column.name for column, numbers in found if numbers.mark == ","]
-    if not with_commas:
-        return
+    """Refuses what is another number with the decimal mark of other columns, unless its own column decides."""
+    with_marks = [
+        (column.name, mark)
+        for column, (_, mark) in found
+        if any("," in column.cells[index] or "." in column.cells[index] for index in column.present)
+    ]
     for column, numbers in found:
-        twofold = [index for index, cell in enumerate(column.cells) if "." in cell and _is_twofold(cell)]
-        decides = any("." in cell and not _is_twofold(cell) for cell in column.cells)
-        if numbers.mark == "." and twofold and not decides:
-            problem = f"is a decimal number, or one of thousands, as {with_commas[0]!r} has decimal commas"
+        others = [name for name, mark in with_marks if mark != numbers.mark]
+        marked = [index for index in column.present if numbers.mark in column.cells[index]] if others else []
+        twofold = [index for index in marked if _is_twofold(column.cells[index])]
+        if twofold and len(twofold) == len(marked):
+            has = f"{'' if numbers.mark == '.' else 'no '}decimal commas"
+            problem = f"is a decimal number, or one of thousands, as {others[0]!r} has {has}"
             raise column.refusal(twofold[0], f"{problem}; write decimal points in all columns")
 
 
 def _check_digits(column: _Column, numbers: _Numbers) -> None:
     """Refuses whole numbers of more digits than float64 holds."""
-    for index in np.flatnonzero(np.abs(numbers.values) > 2**53):
+    for index in np.flatnonzero(np.isfinite(numbers.values) & (np.abs(numbers.values) > 2**53)):
         digits = column.cells[index].translate(_AS_FLOATS[numbers.mark]).lstrip("+-")
         if digits.isdigit() and int(digits) != abs(int(numbers.values[index])):
             raise column.refusal(index, "has more digits than float64 holds; subtract what all values share")
@@ -222,10 +238,12 @@ def _split(text: str) -> list[_Column]:
             )
     if rows and not any(rows[-1][1]):
         raise ValueError(f"line {rows[-1][0]}, the last, has no values; remove the empty rows at the end.")
-    _check_names(names)
+    _check_names(names, rows[0][1] if rows else [])
     lines = [line for line, _ in rows]
-    columns = [[row[index] for _, row in rows] for index in range(len(names))]
-    return [_Column.of(number, name, cells, lines) for number, (name, cells) in enumerate(zip(names, columns), start=1)]
+    return [
+        _Column.of(index + 1, name, [row[index] for _, row in rows], lines, separators == [";"])
+        for index, name in enumerate(names)
+    ]
 
 
 def _fields(text: str, separator: str = ",") -> list[tuple[int, list[str]]]:
@@ -260,14 +278,20 @@ def _check_distinct(names: Iterable[str]) -> None:
             raise ValueError(f"{count} columns have the name {name!r}; give each its own.")
 
 
-def _check_names(names: list[str]) -> None:
+def _check_names(names: list[str], first_row: list[str]) -> None:
+    """Refuses names of which none has to be one, or that are the same."""
     _check_distinct(filter(None, names))
-    values = [name for name in names if re.fullmatch(r"[+-]?[.,]?\d[\d.,:/+%TZ eE-]*", name)]
+    values = [name for name in names if _VALUE.fullmatch(name)]
     # What a table without names is written with: 0, 1, 2, ...
     is_count = len(values) > 1 and values in ([str(first + i) for i in range(len(values))] for first in (0, 1))
     # Years, say, beside a name.
     are_labels = all(map(str.isdigit, values)) and len(values) < len(names) - names.count("")
-    if values and not is_count and not are_labels:
+    # An index has none, and no text is in a row above numbers or times.
+    is_header = not names[0] or any(
+        _VALUE.fullmatch(cell) and not _VALUE.fullmatch(name) and name.lower() not in MISSING
+        for name, cell in zip(names, first_row)
+    )
+    if values and not is_count and not are_labels and not is_header:
         raise ValueError(
             f"the first line has values, such as {values[0]!r}, where the names of the columns should be; write names "
             "into a line before it, or if these are names, more than numbers."
@@ -280,18 +304,21 @@ def _describe_place(column: _Column, values: np.ndarray) -> str | None:
     Raises:
         ValueError: they are times that fall, or they have no name.
     """
-    steps = np.diff(values)
-    is_steady = len(steps) > 1 and (steps.min() > 0 or steps.max() < 0)
-    if is_steady and np.abs(steps - steps[0]).max() <= 1e-6 * abs(steps[0]):
+    is_time = _TIME.search(column.name)
+    steps = np.diff(values[~np.isnan(values)] if is_time else values)
+    if is_time and len(steps) > 1 and steps.min() < 0 and steps.max() <= 0:
+        raise ValueError(
+            f"the times in the column {column.name!r} fall; sort the rows, the oldest first, or if these are no times, "
+            "say which columns are channels with --columns."
+        )
+    if len(steps) > 1 and (steps.min() > 0 or steps.max() < 0):
         change = "rises" if steps[0] > 0 else "falls"
-        return f"{change} by {abs(steps[0]):g} with every row, as row numbers and times do"
-    if is_steady and _TIME.search(column.name):
-        if steps[0] < 0:
-            raise ValueError(
-                f"the times in the column {column.name!r} fall; sort the rows, the oldest first, or if these are no "
-                "times, say which columns are channels with --columns."
-            )
-        return "rises with every row, as times do"
+        if np.abs(steps - steps[0]).max() <= 1e-6 * abs(steps[0]):
+            return f"{change} by {abs(steps[0]):g} with every row, as row numbers and times do"
+        if is_time:
+            return "rises with every row, as times do"
+        if (values == np.round(values)).all() and (not column.is_named or _ROW.fullmatch(column.name)):
+            return f"{change} with every row, as row numbers do where rows were removed"
     if not column.is_named:
         if np.isnan(values).all():
             return "has no name and no values"
@@ -300,16 +327,60 @@ def _describe_place(column: _Column, values: np.ndarray) -> str | None:
 
 
 def _describe_text(column: _Column) -> str:
-    """What else than numbers a column holds; raises a `ValueError` if these are times that do not rise."""
-    times = pd.to_datetime(pd.Series(column.cells), format="ISO8601", utc=True, errors="coerce")
-    if len(times) < 3 or times.isna().any():
-        return f"text, such as {column.cells[column.present[0]]!r}"
+    """What else than numbers a column holds.
+
+    Raises:
+        ValueError: most are times and one is none, or the last is missing, or they do not rise, or do so in one of two
+            readings only.
+    """
+    cells = pd.Series([column.cells[index] for index in column.present])
+    readings = _read_times(cells)
+    count = max(times.count() for times in readings)
+    if len(cells) < 3 or 2 * count < len(cells):
+        unchecked = "; the order of time was not checked" if _TIME.search(column.name) else ""
+        return f"text, such as {cells[0]!r}{unchecked}"
+    readings = [times for times in readings if times.count() == count]
+    last = len(column.cells) - 1
+    if count < len(cells) or column.present[-1] < last:
+        index = column.present[int(readings[0].isna().argmax())] if count < len(cells) else last
+        problem = f"is no time, and {count} of the {len(cells)} values of the column are"
+        fix = "remove the line if it is a footer, such as a total or a source, or correct the time"
+        raise column.refusal(index, f"{problem}; {fix}")
+    falls = [_first_fall(times) for times in readings]
+    if (falls[0] is None) != (falls[-1] is None):
+        index = next(index for index in falls if index is not None)
+        problem = f"comes after {cells[index - 1]!r} if the day is first, or if the month is"
+        raise column.refusal(column.present[index], f"{problem}; write dates as 2020-12-31")
+    if falls[0] is not None:
+        problem = f"comes after {cells[falls[0] - 1]!r}; give one series, its rows in the order of time"
+        raise column.refusal(column.present[falls[0]], problem)
+    absent = len(column.cells) - len(cells)
+    without = f", {absent} of them missing" if absent else ""
+    return f"times from {cells.iloc[0]} to {cells.iloc[-1]}{without}{_describe_steps(readings)}"
+
+
+def _read_times(cells: pd.Series) -> list[pd.Series]:
+    """The cells as times, NaT where one is none, with the month first in "07/01/2016" and with the day first."""
+    cells = cells.str.replace(r" ?(?:UTC|GMT|Z)$", "", regex=True)
+    cells = cells.str.replace(r"^(\d\d?)\.(\d\d?)\.(\d{4})\b", r"\3-\2-\1", regex=True)
+    dates = r"^(\d\d?)([/-])(\d\d?)\2(\d{4})\b"
+    readings = [cells.str.replace(dates, order, regex=True) for order in (r"\4-\1-\3", r"\4-\3-\1")]
+    return [pd.to_datetime(each, format="ISO8601", utc=True, errors="coerce") for each in readings]
+
+
+def _first_fall(times: pd.Series) -> int | None:
+    """Where times that do not rise first do not."""
     steps, nothing = times.diff().iloc[1:], pd.Timedelta(0)
     # Local time goes back by an hour in autumn.
     if (steps < -_HOUR).any() or (steps <= nothing).mean() > 0.1:
-        index = 1 + int((steps <= nothing).argmax())
-        problem = f"comes after {column.cells[index - 1]!r}; give one series, its rows in the order of time"
-        raise column.refusal(index, problem)
-    is_even = steps.max() < 1.5 * steps.median() and steps.min() > 0.5 * steps.median()
-    uneven = "" if is_even else f", in steps from {steps.min()} to {steps.max()}, which count as equal"
-    return f"times from {column.cells[0]} to {column.cells[-1]}{uneven}"
+        return 1 + int((steps <= nothing).argmax())
+    return None
+
+
+def _describe_steps(readings: list[pd.Series]) -> str:
+    """The steps between times, if they are uneven in every reading."""
+    for times in readings:
+        steps = times.diff().iloc[1:]
+        if steps.max() < 1.5 * steps.median() and steps.min() > 0.5 * steps.median():
+            return ""
+    return f", in steps from {steps.min()} to {steps.max()}, which count as equal"

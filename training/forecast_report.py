@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt
 
 RECORD = {
     "model": str, "settings": dict, "series": dict, "parameters": int, "validation_mse": float, "test": dict,
-    "examples": list, "hardware": dict, "versions": dict, "command": str,
+    "examples": list, "hardware": dict, "versions": dict, "command": str, "learning_rate": float | None,
+    "seed": int | None, "period": int | None, "best_epoch": int, "seconds_per_epoch": float,
+    "quantiles": list | None,
 }  # fmt: skip
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import UnionType
 
 
-def read_record(path: Path, wanted: dict[str, type]) -> dict:
+def read_record(path: Path, wanted: dict[str, type | UnionType]) -> dict:
     """A record, which has these names with values of these types.
 
     Raises:
@@ -18,8 +19,8 @@ def read_record(path: Path, wanted: dict[str, type]) -> dict:
         if not isinstance(record, dict):
             raise ValueError("it holds no names and values")
         for name, kind in wanted.items():
-            if not isinstance(record.get(name), kind):
-                raise ValueError(f"it has no {name!r} of type {kind.__name__}")
+            if name not in record or not isinstance(record[name], kind):
+                raise ValueError(f"it has no {name!r} of type {getattr(kind, '__name__', kind)}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not the record of a run: {error}. Remove it; the run is made again.") from error
     return record
