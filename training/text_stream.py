@@ -62,7 +62,7 @@ class TextStream(IterableDataset):
         counts = [blocks, window["epoch"], window["window"], window["blocks"], *window["rest"], *window["starts"]]
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise TypeError("a place in a stream is of counts")
-        if any(id >= vocabulary_size(self.tokenizer) for id in window["rest"]):
+        if max(window["rest"], default=0) >= vocabulary_size(self.tokenizer):
             raise TypeError("a place in a stream has ids of this tokenizer")
         if not isinstance(window["texts"], dict | None):
             raise TypeError("a place in a stream has the state of its texts")
