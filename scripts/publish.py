@@ -26,6 +26,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.tokenization_utils_base import (
@@ -50,19 +51,24 @@ _KNOWN = {CONFIG_NAME, GENERATION_CONFIG_NAME, *_CODE}
 _KNOWN |= {FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE}
 _KNOWN |= {"README.md", "LICENSE", "training.json", "metrics.jsonl", "loss.png", "comparison.json", "comparison.png"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# The forms of what gives access to an account or a machine.
+# The forms of what gives access to an account or a machine. Letters and digits before would make it another word; an
+# underscore may be the end of a variable's name.
 _SECRETS = {
-    "a Hugging Face token": rb"\b(hf|api_org)_[A-Za-z0-9]{20,}",
-    "an OpenAI or Anthropic key": rb"\bsk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": rb"\b(gh[oprsu]|github_pat)_[A-Za-z0-9_]{20,}",
-    "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": rb"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": rb"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": rb"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
-    "a private key": rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY",
-    "a password in an address": rb"://[A-Za-z0-9][^\s/:@\"'<>]*:[^\s/@\"'<>]+@",
+    "a Hugging Face token": rb"(?<![A-Za-z0-9])(hf|api_org)_[A-Za-z0-9]{20,}",
+    "an OpenAI or Anthropic key": rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": rb"(?<![A-Za-z0-9])(gh[oprsu]|github_pat)_[A-Za-z0-9_]{20,}",
+    "a GitLab token": rb"(?<![A-Za-z0-9])glpat-[A-Za-z0-9_-]{20,}",
+    "an AWS key": rb"(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "a Google key": rb"(?<![A-Za-z0-9])AIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"(?<![A-Za-z0-9])xox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "an npm token": rb"(?<![A-Za-z0-9])npm_[A-Za-z0-9]{30,}",
+    "a PyPI token": rb"(?<![A-Za-z0-9])pypi-AgE[A-Za-z0-9_-]{20,}",
+    "a private key": rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-",
+    # Or a token in its place, or in the user's; `git` is the user of every host of git.
+    "a password in an address": rb"://(?!(git)?:?@)([A-Za-z0-9][^\s/:@\"'<>?#]*)?(:[^\s/@\"'<>]*)?@",
 }
 _SECRETS = {kind: re.compile(form) for kind, form in _SECRETS.items()}
+_ESCAPE = re.compile(rb"\\([nrtbf]|u[0-9A-Fa-f]{4})")
 _PLACEHOLDER = re.compile(r"(?i:more information needed|lorem ipsum)|\b(TODO|TBD|FIXME)\b|\{\{")
 # Of Markdown: code, which is not searched, and whatever leads from the page to somewhere else.
 _CODE_BLOCK = re.compile(
@@ -131,19 +137,35 @@ def _shown(path: Path) -> str:
 
 
 def check_secrets(files: list[Path]) -> None:
-    """No file but the weights has a line that could be one; what is said of it does not repeat it."""
+    """No file has a line that could be one, nor have the weights' metadata; what is said of it does not repeat it."""
     for path in files:
         if path.suffix == ".safetensors":
+            _check_secrets(f"{path.name}, metadata", "\n".join(itertools.chain(*_metadata(path).items())).encode())
             continue
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                for kind, form in _SECRETS.items():
-                    if found := form.search(line):
-                        shown = found[0][:8].decode(errors="replace")
-                        raise ValueError(
-                            f"{path.name}, line {number}: {shown!r}... looks like {kind}; take it out, and revoke it "
-                            "if others may have read it."
-                        )
+                if b"\0" in line and path.suffix != ".png":
+                    raise ValueError(f"{path.name}, line {number}: a NUL byte, as in UTF-16; convert it to UTF-8.")
+                _check_secrets(f"{path.name}, line {number}", line)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return weights.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path.name}: the weights do not load: {error}") from error
+
+
+def _check_secrets(place: str, line: bytes) -> None:
+    # As it stands, and as JSON means it: what is before a secret may be a line's end there.
+    for text in (line, _ESCAPE.sub(b" ", line.replace(rb"\/", b"/"))):
+        for kind, form in _SECRETS.items():
+            if found := form.search(text):
+                shown = found[0][:4].decode(errors="replace")
+                raise ValueError(
+                    f"{place}: {shown!r}... looks like {kind}; take it out, and revoke it if others may have read it."
+                )
 
 
 def check_config(folder: Path) -> LrcSSMConfig:

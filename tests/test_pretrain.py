@@ -18,8 +18,12 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import evaluate
 import lrcssm_hf  # noqa: F401  registers the model
 import pretrain
+from text_data import load_tokenizer
+from tiny_models import make_model
+from token_blocks import vocabulary_size
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -321,6 +325,50 @@ def test_bad_input_ends_with_one_clear_message_before_training(arguments, messag
     output = "".join(capsys.readouterr())
     assert message in output and output.count("error: ") == 1, output
     assert "Traceback" not in output and "Training:" not in output
+
+
+def edit_config(**values):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("script", ["pretrain", "evaluate"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        cut_weights,
+        edit_config(hidden_size=48),
+        edit_config(hidden_size="x"),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    ],
+    ids=["cut weights", "another width", "no width", "no configuration", "an empty tokenizer", "a list of settings"],
+)
+def test_a_broken_model_folder_is_named(spoil, script, text_file, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer(None)
+    make_model(vocab_size=vocabulary_size(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    spoil(folder)
+    arguments = ["--model_name_or_path", str(folder), "--train_file", str(text_file), "--block_size", "64"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        if script == "pretrain":
+            pretrain.main([*arguments, "--output_dir", str(tmp_path / "out")])
+        else:
+            evaluate.main()
+    output = "".join(capsys.readouterr())
+    assert ended.value.code == 2 and output.count("error: ") == 1, output
+    assert f"error: --model_name_or_path {str(folder)!r} could not be loaded: " in output
 
 
 def test_epochs_are_steps_and_no_warmup_is_longer(text_file, tmp_path, capsys):

@@ -149,6 +149,18 @@ def test_a_ladder_of_two_texts_is_none(cells, trained, monkeypatch, tmp_path):
         Ladder(cells, tmp_path, [], workers=1).run()
 
 
+def test_runs_that_do_not_say_what_their_data_were_are_used(cells, trained, monkeypatch, tmp_path):
+    train, digests = scaling_law.pretrain, itertools.cycle([None, "first"])
+
+    def with_digest(*arguments):
+        run = train(*arguments)
+        run.training["data"]["digest"] = next(digests)
+        return run
+
+    monkeypatch.setattr(scaling_law, "pretrain", with_digest)
+    assert len(Ladder(cells, tmp_path, [], workers=1).run()) == len(cells)
+
+
 def test_a_failed_run_ends_the_ladder(cells, monkeypatch, tmp_path):
     calls = []
 

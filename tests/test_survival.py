@@ -262,7 +262,8 @@ def test_a_checkpoint_with_pickles_is_refused_and_they_run_no_code(form, data, c
         path = checkpoint / name
         plant(path)
         seal(checkpoint)
-        assert repr(path.relative_to(checkpoint).parts[0]) in find_damage(checkpoint)
+        problem = find_damage(checkpoint)
+        assert repr(path.relative_to(checkpoint).parts[0]) in problem and problem.endswith("; remove it")
         path.unlink()
         if path.parent != checkpoint:
             path.parent.rmdir()
@@ -368,7 +369,7 @@ def test_a_time_that_is_no_number_is_no_time(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("text", "data_digest="),
+        ("text", "other text, tokenizer or revision; give the same, or start anew without --resume_from_"),
         ("activation", "hidden_act='silu', not 'gelu'"),
         ("dropout", "hidden_dropout=0.2, not 0.3"),
     ],
@@ -388,6 +389,62 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(change, message,
     status, output = run_here(checkpoint.parent, data, capsys, *arguments)
     assert status == 2 and message in output and "Traceback" not in output
     assert find_damage(checkpoint) is None
+
+
+@pytest.fixture(scope="module")
+def saved_stream(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    pretrain.main([*SMALL, *map(str, data["stream"]), "--max_train_steps", "7", "--output_dir", str(folder)])
+    return folder / "checkpoint-7"
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("progress.step", float("inf")),
+        ("progress.step", -5),
+        ("progress.step", 7.0),
+        ("progress.step", True),
+        ("progress.tokens", 2**63),
+        ("progress.seconds", float("nan")),
+        ("progress.seconds", "1"),
+        ("progress.batches", -3),
+        ("progress.usual_loss", ["a", "b"]),
+        ("progress.usual_loss", []),
+        ("progress.usual_loss", [1.0, -1.0]),
+        ("progress.usual_loss", [1.0, float("inf")]),
+        ("progress.usual_loss", None),
+        ("place", None),
+        ("place", {"window": {}, "blocks": 0}),
+        ("place.blocks", -1),
+        ("place.window", {}),
+        ("place.window.epoch", "1"),
+        ("place.window.window", None),
+        ("place.window.blocks", 0.5),
+        ("place.window.rest", [257]),
+        ("place.window.rest", [-1]),
+        ("place.window.rest", None),
+        ("place.window.starts", ["0"]),
+        ("place.window.texts", [1]),
+    ],
+    ids=str,
+)
+def test_progress_that_no_run_makes_is_refused(where, value, data, saved_stream, tmp_path, capsys):
+    checkpoint = Path(shutil.copytree(saved_stream, tmp_path / "checkpoint-7"))
+    state = json.loads((checkpoint / "state.json").read_text())
+    *path, last = where.split(".")
+    place = state["own"]
+    for name in path:
+        place = place[name]
+    assert last in place
+    place[last] = value
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    arguments = [*SMALL, *map(str, data["stream"]), "--resume_from_checkpoint", str(checkpoint)]
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main([*arguments, "--output_dir", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"error: {checkpoint} is not what a run wrote: " in capsys.readouterr().out
 
 
 def test_tensors_of_another_model_are_refused(data, checkpoint, tmp_path, capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -259,6 +261,12 @@ REFUSED = {
     "too many cells": ("a.csv", b"id,text\n1,one, two\n", "line 2 has 3 cells, the header 2"),
     "open quotes": ("a.csv", b'id,text\n1,"one\n2,two\n', "unexpected end of data. Wanted is CSV"),
     "same names": ("a.csv", b"text,text\n1,one\n", "several columns have the same name"),
+    "cells without a name": (
+        "a.csv",
+        b"id,text,,\n1,one,,\n2,two, three,\n",
+        "line 3 has cells in columns without a name",
+    ),
+    "no strings": ("a.parquet", {"n": [1.5], "m": [[1]]}, "no other holds text: 'n' holds double; 'm' holds list"),
     "no Parquet": ("a.parquet", b"PAR1 but no more", "is not Parquet that can be read"),
     "a column of numbers": (
         "a.parquet",
@@ -350,6 +358,53 @@ def test_texts_are_tokenized_once(tmp_path, cache, monkeypatch):
     assert not list(cache.rglob("partial-*"))
 
 
+def test_a_text_that_changes_while_it_is_read_is_not_kept(tmp_path, cache, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", [f"text {i} " * 9 for i in range(20)])
+    arguments, read = parse("--train_file", path, "--validation_file", path), token_blocks.tokenize
+    changed = path.read_text().replace("text 7", "text 8")
+
+    def change_and_read(*arguments):
+        path.write_text(changed)
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_blocks, "tokenize", change_and_read)
+        with pytest.raises(ValueError, match="The text changed while it was read; start again"):
+            load_blocks(arguments, load_tokenizer(None))
+    assert not list(cache.rglob("tokens.json"))
+    tokens = load_blocks(arguments, load_tokenizer(None)).train.ids
+    texts = "".join(json.loads(line)["text"] + "<|endoftext|>" for line in changed.splitlines())
+    assert load_tokenizer(None).decode(tokens) == texts
+
+
+@pytest.mark.parametrize("spoiled", ["starts.npy", "tokens.json"])
+def test_a_cache_that_is_not_whole_is_written_anew(spoiled, tmp_path, cache):
+    arguments = parse("--train_file", write_rows(tmp_path / "a.jsonl", [f"text {i} " * 9 for i in range(20)]))
+    first = load_blocks(arguments, load_tokenizer(None))
+    for path in cache.rglob(spoiled):
+        path.write_text(path.read_text().replace("bytes", "size") if spoiled == "tokens.json" else "")
+    again = load_blocks(arguments, load_tokenizer(None))
+    assert again.digest == first.digest and again.tokens_per_byte == first.tokens_per_byte
+
+
+def test_a_cache_that_does_not_keep_what_is_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_blocks, "_read", lambda folder: None)
+    with pytest.raises(OSError, match="are not as they were written; remove that folder"):
+        token_blocks.load_tokens([["text"]], load_tokenizer(None))
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["at once", "streamed"])
+def test_other_releases_tokenize_anew_but_the_data_are_the_same(streaming, tmp_path, cache, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", [f"text {i} " * 9 for i in range(20)])
+    arguments = parse("--train_file", path, "--validation_file", path, *streaming)
+    digest = load_blocks(arguments, load_tokenizer(None)).digest
+    (folder,) = (cache / "lrcssm_tokens").iterdir()
+    for library in (token_blocks.transformers, token_blocks.tokenizers):
+        monkeypatch.setattr(library, "__version__", "99.0")
+        assert load_blocks(arguments, load_tokenizer(None)).digest == digest
+    assert len(list(folder.parent.iterdir())) == 3
+
+
 @pytest.fixture(params=["file", "dataset"])
 def make_stream(request, tmp_path, monkeypatch):
     folder = tmp_path / "data"
@@ -431,6 +486,45 @@ def test_datasets_are_read_as_files_are(tmp_path, capsys):
     for streaming in ([], ["--streaming"]):
         with pytest.raises(ValueError, match="has no column 'text', and no other holds text: 'id' holds int"):
             load_blocks(parse("--dataset_name", folder, *streaming), load_tokenizer(None))
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["at once", "streamed"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sound", "text"), ("sound", "content"), ("image", "text"), ("image", "content")]
+)
+def test_columns_that_cannot_be_read_do_not_matter_beside_a_text(kind, name, streaming, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    features = {name: datasets.Value("string"), "other": datasets.Audio() if kind == "sound" else datasets.Image()}
+    rows = {name: [f"text {i} " * 9 for i in range(20)], "other": [{"bytes": b"none", "path": None}] * 20}
+    table = pyarrow.table(rows, datasets.Features(features).arrow_schema)
+    with pytest.raises((ImportError, OSError, RuntimeError)):
+        datasets.Dataset(table)[0]["other"]
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    blocks = load_blocks(parse("--dataset_name", folder, *streaming), load_tokenizer(None))
+    expected = "".join(text + "<|endoftext|>" for text in rows[name])
+    assert load_tokenizer(None).decode(blocks.validation.ids) == expected
+    assert len(next(iter(blocks.train))["input_ids"]) == 64
+
+
+@pytest.mark.parametrize("kind", [pyarrow.timestamp("s"), pyarrow.timestamp("s", "Nowhere/Never")], ids=str)
+def test_times_that_python_has_not_do_not_matter_beside_a_text(kind, tmp_path):
+    times = pyarrow.array([10**12, 10**12], pyarrow.int64()).cast(kind)
+    path = tmp_path / "a.parquet"
+    for name in ("text", "content"):
+        pyarrow.parquet.write_table(pyarrow.table({"when": times, name: ["one", "two"]}), path)
+        data = load_text(parse("--train_file", path, "--validation_file", path))
+        assert strings(data["train"]) == ["one", "two"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": times}), path)
+    with pytest.raises(ValueError, match="is not Parquet that can be read, after 0 rows"):
+        load_blocks(parse("--train_file", path), load_tokenizer(None))
+
+
+def test_empty_columns_at_the_end_are_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,,,\none,1,,,\ntwo,2,,,\n")
+    assert strings(load_text(parse("--train_file", path, "--validation_file", path))["train"]) == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+import train_tokenizer as train_tokenizer_script
 from train_tokenizer import train_tokenizer
 
 
@@ -41,6 +42,21 @@ def test_a_long_text_is_learned_from_in_pieces_as_if_whole():
         pieces = (text[start : start + size] for start in range(0, len(text), size))
         learned = [train_tokenizer([each], 400).backend_tokenizer.to_str() for each in (pieces, [text])]
         assert learned[0] == learned[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab_size", "256"], "argument --vocab_size: must be at least 257, got 256"),
+        (["--vocab_size", "many"], "argument --vocab_size: must be a whole number, got 'many'"),
+        (["--output_dir", ""], "argument --output_dir: must not be empty"),
+    ],
+)
+def test_arguments_are_checked_before_any_text_is_read(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", "--output_dir", str(tmp_path / "t"), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        train_tokenizer_script.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_script_names_what_it_cannot_read(tmp_path):

@@ -103,7 +103,7 @@ def find_damage(checkpoint: Path) -> str | None:
     if foreign := sorted(name for name in files if not name.endswith(SUFFIXES)):
         return (
             f"it holds {foreign[0]!r}, and a checkpoint is only JSON and safetensors: other files, such as version 0.1 "
-            "wrote, could run code when they are read"
+            "wrote, could run code when they are read; remove it"
         )
     manifest = _manifest(checkpoint)
     if manifest is None:

@@ -19,7 +19,7 @@ import lrcssm_hf  # noqa: F401  registers the model
 from arguments import integer, text
 from context_pieces import ContextPieces, add_context_argument
 from free_memory import keep_freed_memory
-from text_data import add_data_arguments, load_blocks
+from text_data import add_data_arguments, load_blocks, load_pretrained
 from token_blocks import check_vocabulary
 
 
@@ -82,8 +82,10 @@ def main() -> None:
     add_context_argument(parser)
     args = parser.parse_args()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        tokenizer, model = (
+            load_pretrained("--model_name_or_path", args.model_name_or_path, kind)
+            for kind in (AutoTokenizer, AutoModelForCausalLM)
+        )
         check_vocabulary(tokenizer, model.config.vocab_size)
         blocks = load_blocks(args, tokenizer)
         accelerator = Accelerator()

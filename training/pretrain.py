@@ -62,7 +62,7 @@ from cpu_processes import start_missing_processes
 from evaluate import model_inputs, nats_per_token, use_compiled_mamba
 from free_memory import keep_freed_memory
 from lrcssm_hf.host import checkpoint_activations
-from text_data import Blocks, add_data_arguments, load_blocks, load_tokenizer
+from text_data import Blocks, add_data_arguments, load_blocks, load_pretrained, load_tokenizer
 from token_blocks import check_vocabulary, vocabulary_size
 from training_state import read_own, read_state, require_known_sharing, write_state
 from whole_files import remove_partial, whole_files, write_whole
@@ -323,11 +323,12 @@ def prepare(args: argparse.Namespace, pieces: ContextPieces) -> Inputs:
     """Raises a `ValueError` (or what the libraries raise in its place) for anything that cannot be used."""
     folder = make_folder(args.output_dir)
     if args.model_name_or_path:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path!r}: {error}") from error
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
+        source = "--model_name_or_path", args.model_name_or_path
+        model = load_pretrained(*source, AutoModelForCausalLM)
+        if args.tokenizer_name:
+            tokenizer = load_tokenizer(args.tokenizer_name)
+        else:
+            tokenizer = load_pretrained(*source, AutoTokenizer)
         check_vocabulary(tokenizer, model.config.vocab_size)
     else:
         tokenizer = load_tokenizer(args.tokenizer_name)
@@ -438,10 +439,11 @@ class Training:
             settings, configuration = own["settings"], own["configuration"]
             for name, value in self.settings.items():
                 if settings.get(name) != value:
-                    raise ValueError(
-                        f"{checkpoint} is of a run with {name}={settings.get(name)}, not {value}: its place in the "
-                        "data would be another."
-                    )
+                    why = "its place in the data would be another"
+                    if name == "data_digest":
+                        why = "other text, tokenizer or revision; give the same, or start anew without "
+                        why += "--resume_from_checkpoint"
+                    raise ValueError(f"{checkpoint} is of a run with {name}={settings.get(name)}, not {value}: {why}.")
             # A later release of transformers may have fields that the checkpoint's had not.
             for name in self.configuration.keys() & configuration.keys():
                 if configuration[name] != self.configuration[name]:
@@ -450,8 +452,10 @@ class Training:
                         f"{self.configuration[name]!r}."
                     )
             for name in self.PROGRESS:
-                value, kind = own["progress"][name], type(getattr(self, name))
-                setattr(self, name, kind(value))
+                value, start = own["progress"][name], getattr(self, name)
+                if not _is_like(value, start):
+                    raise TypeError(f"{name} cannot be {value!r}")
+                setattr(self, name, tuple(value) if isinstance(start, tuple) else value)
             if self.stream is not None:
                 self.stream.go_to(own["place"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -639,6 +643,13 @@ class Training:
             "seconds": round(self.seconds, 1),
             **describe_environment(accelerator),
         }
+
+
+def _is_like(value: object, example: int | float | tuple) -> bool:
+    """Whether what JSON holds is of the example's kind, finite and not negative; a list is for a tuple."""
+    if isinstance(example, tuple):
+        return type(value) is list and len(value) == len(example) and all(map(_is_like, value, example))
+    return type(value) is type(example) and 0 <= value < 2**63
 
 
 def describe_environment(accelerator: Accelerator) -> dict:

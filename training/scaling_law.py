@@ -235,8 +235,8 @@ class Ladder:
             if "lower --learning_rate" in str(error):
                 return None
             raise
-        digest = run.training["data"].get("digest")
-        if self.data.setdefault("digest", digest) != digest:
+        digest = run.training["data"].get("digest")  # None of a run of version 0.1.
+        if digest is not None and self.data.setdefault("digest", digest) != digest:
             raise ValueError(f"{folder} holds a run with other data; move it away, or name another --output_dir.")
         return run
 

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from arguments import integer, number, text
 from text_files import Rows, Texts, find_cause, find_column, in_pieces, is_text, name_errors, read_file
@@ -121,8 +121,6 @@ def load_text(args: argparse.Namespace) -> dict[str, Texts]:
     Raises:
         ValueError: a file or dataset is missing, empty, or of a kind that cannot be read; also when the texts are read.
     """
-    if not 0 < args.validation_split_percentage < 100:
-        raise ValueError(f"--validation_split_percentage must be in (0, 100), got {args.validation_split_percentage}.")
     if args.dataset_name is None and args.train_file is None:
         if args.validation_file is not None:
             raise ValueError("--validation_file needs --train_file.")
@@ -194,12 +192,16 @@ def _dataset_rows(args: argparse.Namespace, split: str, data: Dataset) -> Rows:
         chosen = name_errors(source, data.select_columns(columns or data.column_names))
         return ((f"row {number}", row) for number, row in enumerate(chosen, 1))
 
-    return Rows(source, rows)
+    return Rows(source, rows, data.features.arrow_schema)
 
 
 def _dataset_stream(args: argparse.Namespace, split: str, data: IterableDataset) -> IterableDataset:
     source = f"--dataset_name {args.dataset_name!r}, split {split!r}"
-    column = find_column(source, name_errors(source, data))
+
+    def rows(columns):
+        return name_errors(source, data if columns is None else data.select_columns(columns))
+
+    column = find_column(source, rows, None if data.features is None else data.features.arrow_schema)
     data = data.select_columns(column)
     data = data if column == "text" else data.rename_column(column, "text")
     return data.filter(
@@ -257,13 +259,24 @@ def _part(texts: Texts, start: int, stop: int) -> Iterator[Iterator[str]]:
         yield filter(None, part(pieces))
 
 
+def load_pretrained(flag: str, name: str, kind: type) -> PreTrainedTokenizerBase | PreTrainedModel:
+    """What `AutoTokenizer` or an automatic model class makes of a folder, or of a name on the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names the flag.
+    """
+    try:
+        return kind.from_pretrained(name)
+    # Torch, safetensors, huggingface_hub and tokenizers each have their own, and a file may hold anything.
+    except Exception as error:
+        cause = error if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{flag} {name!r} could not be loaded: {cause}") from error
+
+
 def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     """The named tokenizer, or one token per byte and an end-of-text token."""
     if name is not None:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--tokenizer_name {name!r} could not be loaded: {error}") from error
+        return load_pretrained("--tokenizer_name", name, AutoTokenizer)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

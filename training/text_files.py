@@ -19,6 +19,7 @@ import pyarrow.parquet
 PIECE = 1 << 18  # Characters, more or less, that are in memory at a time.
 _SAMPLE = 100  # Rows that show what the columns hold.
 _NUMERAL = "a number in writing"
+_STRINGS = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
 
 csv.field_size_limit(2**31 - 1)
 
@@ -40,16 +41,22 @@ class Rows(Texts):
     Args:
         source: what the rows are of, for messages.
         rows: given the names of the columns or None for all of them, the rows, each with its place in the source.
+        schema: the types of the columns, where they are known before rows are read.
 
     Raises:
         ValueError: no column can be told to be the texts; when they are read, that one of them is no text, or that
             there is none.
     """
 
-    def __init__(self, source: str, rows: Callable[[list[str] | None], Iterator[tuple[str, dict]]]):
+    def __init__(
+        self,
+        source: str,
+        rows: Callable[[list[str] | None], Iterator[tuple[str, dict]]],
+        schema: pyarrow.Schema | None = None,
+    ):
         super().__init__(lambda: map(in_pieces, self.strings()))
         self.source, self._rows = source, rows
-        self.column = find_column(source, (row for _, row in rows(None)))
+        self.column = find_column(source, lambda columns: (row for _, row in rows(columns)), schema)
         self._said = False
 
     def strings(self) -> Iterator[str]:
@@ -89,7 +96,8 @@ def read_file(source: str, path: Path) -> Texts:
     readers = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if suffix not in readers:
         raise ValueError(f"{source}: cannot read {path.suffix!r}, only .txt, .text, .md, .py, {', '.join(readers)}.")
-    return Rows(source, lambda columns: readers[suffix](source, path, columns))
+    schema = _parquet_schema(source, path) if suffix == ".parquet" else None
+    return Rows(source, lambda columns: readers[suffix](source, path, columns), schema)
 
 
 def _document(source: str, path: Path) -> Iterator[Iterator[str]]:
@@ -98,15 +106,26 @@ def _document(source: str, path: Path) -> Iterator[Iterator[str]]:
     yield _decoded(source, path)
 
 
-def find_column(source: str, rows: Iterator[dict]) -> str:
+def find_column(
+    source: str, rows: Callable[[list[str] | None], Iterator[dict]], schema: pyarrow.Schema | None = None
+) -> str:
     """The column of texts: `text`, or else the only one that holds strings in the first rows, not all of them numbers,
     saying which it is.
+
+    Args:
+        source, rows, schema: as `Rows` has them, but of rows without their places. By a schema, no columns are read
+            but those that may be the texts: others may hold what cannot be read here, such as sound.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    kinds = {}
-    for row in itertools.islice(rows, _SAMPLE):
+    kinds, candidates = {}, None
+    if schema is not None:
+        if "text" in schema.names:
+            return "text"
+        kinds = {field.name: set() if _holds_strings(field.type) else {str(field.type)} for field in schema}
+        candidates = [name for name, kind in kinds.items() if not kind]
+    for row in [] if candidates == [] else itertools.islice(rows(candidates), _SAMPLE):
         for name, value in row.items():
             kinds.setdefault(name, set()).update([] if value is None else [_kind(value)])
     if not kinds:
@@ -120,6 +139,11 @@ def find_column(source: str, rows: Iterator[dict]) -> str:
         raise ValueError(f"{source} has no column 'text', and {which} text: {held}. Name the one to read 'text'.")
     _say(f"{source} has no column 'text': the texts are its column {columns[0]!r}, the only one that holds text.")
     return columns[0]
+
+
+def _holds_strings(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return any(is_kind(kind) for is_kind in _STRINGS)
 
 
 def _kind(value: object) -> str:
@@ -249,15 +273,19 @@ def _csv_rows(source: str, path: Path, _) -> Iterator[tuple[str, dict]]:
     """Cells that hold nothing are None."""
     reader = csv.reader(_lines(source, path), strict=True)
     try:
-        header = next(reader, [])
+        first = next(reader, [])
+        # Spreadsheets write empty columns, too, where there once was something.
+        header = first[: max((number for number, name in enumerate(first, 1) if name), default=0)]
         if len(set(header)) < len(header):
             raise ValueError(f"{source}: several columns have the same name: {', '.join(header)}.")
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise ValueError(f"{source}: the columns {header[0]!r} are not parted by commas, which is wanted.")
         for cells in filter(None, reader):
             place = f"line {reader.line_num}"
-            if len(cells) != len(header):
-                raise ValueError(f"{source}: {place} has {len(cells)} cells, the header {len(header)}; quote commas.")
+            if len(cells) != len(first):
+                raise ValueError(f"{source}: {place} has {len(cells)} cells, the header {len(first)}; quote commas.")
+            if any(cells[len(header) :]):
+                raise ValueError(f"{source}: {place} has cells in columns without a name; quote commas.")
             yield place, {name: cell or None for name, cell in zip(header, cells)}
     except csv.Error as error:
         raise ValueError(
@@ -272,5 +300,13 @@ def _parquet_rows(source: str, path: Path, columns: list[str] | None) -> Iterato
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    # Of values that Python has not, such as times of the year 10000, it is no error of Arrow's.
+    except Exception as error:
         raise ValueError(f"{source} is not Parquet that can be read, after {number} rows: {error}") from None
+
+
+def _parquet_schema(source: str, path: Path) -> pyarrow.Schema:
+    try:
+        return pyarrow.parquet.read_schema(path)
+    except Exception as error:
+        raise ValueError(f"{source} is not Parquet that can be read: {error}") from None

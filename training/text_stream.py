@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from text_files import in_pieces, name_errors
-from token_blocks import document_positions, tokenize
+from token_blocks import document_positions, tokenize, vocabulary_size
 
 
 class TextStream(IterableDataset):
@@ -53,8 +53,20 @@ class TextStream(IterableDataset):
         return {"window": (self._windows or [self._start])[0], "blocks": blocks}
 
     def go_to(self, place: dict) -> None:
-        """The next iteration begins there."""
-        self._start, self._skipped = place["window"], place["blocks"]
+        """The next iteration begins there.
+
+        Raises:
+            KeyError, TypeError: it is no such place.
+        """
+        window, blocks = place["window"], place["blocks"]
+        counts = [blocks, window["epoch"], window["window"], window["blocks"], *window["rest"], *window["starts"]]
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise TypeError("a place in a stream is of counts")
+        if max(window["rest"], default=0) >= vocabulary_size(self.tokenizer):
+            raise TypeError("a place in a stream has ids of this tokenizer")
+        if not isinstance(window["texts"], dict | None):
+            raise TypeError("a place in a stream has the state of its texts")
+        self._start, self._skipped = window, blocks
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         place = self._start

@@ -91,21 +91,22 @@ def load_tokens(texts: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBa
     the cache of `datasets` by the content of texts and tokenizer, for other processes and later runs.
 
     Raises:
-        ValueError: the tokenizer makes no tokens of them, or what reading raises it for.
+        ValueError: the tokenizer makes no tokens of them, they are not the same when they are read again, or what
+            reading raises it for.
         OSError: the cache cannot be written.
     """
-    content, size = hashlib.sha256(describe_tokenizer(tokenizer)), 0
-    for pieces in texts:
-        for piece in pieces:
-            data = piece.encode()
-            content.update(data)
-            size += len(data)
-        content.update(b"\xff")  # which is in no text
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lrcssm_tokens" / content.hexdigest()
+    content = hashlib.sha256()
+    size = sum(len(piece.encode()) for pieces in _watch(texts, content) for piece in pieces)
+    # Another release may make other tokens of a text.
+    versions = f"{transformers.__version__} {tokenizers.__version__}".encode()
+    key = hashlib.sha256(versions + describe_tokenizer(tokenizer) + content.digest()).hexdigest()
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lrcssm_tokens" / key
     tokens = _read(folder)
     if tokens is None:
-        _write(folder, texts, size, tokenizer)
+        _write(folder, texts, content.digest(), size, tokenizer)
         tokens = _read(folder)
+    if tokens is None:
+        raise OSError(f"The tokens in {folder} are not as they were written; remove that folder, and start again.")
     return tokens
 
 
@@ -170,8 +171,8 @@ def _places_to_cut(text: str) -> Iterator[int]:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """What decides which tokens it makes of a text."""
-    digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
+    """What decides which tokens a release of transformers and tokenizers makes of a text."""
+    digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
@@ -179,21 +180,25 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
     return digest.digest()
 
 
-def _write(folder: Path, texts: Iterable[Iterable[str]], size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`tokens.json` last: where it is, the other files are."""
+def _write(
+    folder: Path, texts: Iterable[Iterable[str]], content: bytes, size: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """`tokens.json` last: where it is, the other files are. The texts must have that SHA-256 still."""
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
     folder.mkdir(parents=True, exist_ok=True)
-    starts, count = [], 0
+    starts, count, found = [], 0, hashlib.sha256()
     with whole_files(folder) as partial:
         with (
             (partial / "ids.bin").open("wb") as file,
             tqdm(total=size, desc="Tokenizing", unit="B", unit_scale=1) as bar,
         ):
-            for ids, begins in tokenize(_watch(texts, bar), tokenizer):
+            for ids, begins in tokenize(_watch(texts, found, bar), tokenizer):
                 if begins:
                     starts.append(count)
                 ids.astype(dtype).tofile(file)
                 count += len(ids)
+        if found.digest() != content:
+            raise ValueError("The text changed while it was read; start again.")
         if count == 0:
             raise ValueError("The tokenizer makes no tokens of the text.")
         np.save(partial / "starts.npy", np.array(starts, dtype=np.int64))
@@ -201,11 +206,17 @@ def _write(folder: Path, texts: Iterable[Iterable[str]], size: int, tokenizer: P
     write_whole(folder / "tokens.json", json.dumps(description) + "\n")
 
 
-def _watch(texts: Iterable[Iterable[str]], bar: tqdm) -> Iterator[Iterator[str]]:
+def _watch(texts: Iterable[Iterable[str]], content: hashlib._Hash, bar: tqdm | None = None) -> Iterator[Iterator[str]]:
+    """The texts, which the hash and the bar get as they are read."""
+
     def watch(pieces):
         for piece in pieces:
+            data = piece.encode()
+            content.update(data)
             yield piece
-            bar.update(len(piece.encode()))
+            if bar is not None:
+                bar.update(len(data))
+        content.update(b"\xff")  # which is in no text
 
     return map(watch, texts)
 
@@ -214,12 +225,10 @@ def _read(folder: Path) -> Tokens | None:
     """None where they have not been written, or are not as they were."""
     try:
         description = json.loads((folder / "tokens.json").read_text())
-        ids, starts = _open(folder, description["dtype"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        tokens = Tokens(*_open(folder, description["dtype"]), description["bytes"], description["digest"])
+    except (FileNotFoundError, EOFError, ValueError, KeyError, TypeError):
         return None
-    if _digest(ids, starts) != description["digest"]:
-        return None
-    return Tokens(ids, starts, description["bytes"], description["digest"])
+    return tokens if _digest(tokens.ids, tokens.starts) == tokens.digest else None
 
 
 def _open(folder: Path, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from arguments import integer, text
 from free_memory import keep_freed_memory
 from text_data import END_OF_TEXT, add_text_arguments, byte_level, load_text
 from token_blocks import load_tokens
@@ -53,8 +54,10 @@ def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
-    parser.add_argument("--vocab_size", type=int, default=1024, help="Number of tokens (default 1024).")
-    parser.add_argument("--output_dir", required=True, help="Folder that receives the tokenizer's files.")
+    parser.add_argument(
+        "--vocab_size", type=integer(at_least=257), default=1024, help="Number of tokens (default 1024)."
+    )
+    parser.add_argument("--output_dir", type=text, required=True, help="Folder that receives the tokenizer's files.")
     args = parser.parse_args()
     try:
         data = load_text(args)
