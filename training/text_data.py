@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from huggingface_hub import HfApi
+from huggingface_hub.utils.sha import sha_fileobj
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -222,11 +223,8 @@ def _dataset_digest(args: argparse.Namespace) -> bytes:
 
 
 def _file_digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.digest()
+        return sha_fileobj(file)
 
 
 def _hold_out(texts: Texts, percentage: float) -> dict[str, Texts]:
