@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .cells import Cell
 from .configuration_lrcssm import LrcSSMConfig
 from .modeling_lrcssm import (
     LrcSSMForCausalLM,
@@ -18,8 +19,9 @@ from .modeling_lrcssm import (
     LrcSSMModel,
     LrcSSMPreTrainedModel,
 )
-from .recurrence import LrcParameters, LrcScanInfo, lrc_scan, lrc_step, prefix_scan
+from .recurrence import LrcParameters, cell_scan, lrc_scan, lrc_step, prefix_scan
 from .series import series_statistics
+from .solvers import ScanInfo
 
 
 AutoConfig.register("lrcssm", LrcSSMConfig)
@@ -32,6 +34,7 @@ AutoModelForTimeSeriesPrediction.register(LrcSSMConfig, LrcSSMForSequenceModelin
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cell",
     "LrcParameters",
     "LrcSSMConfig",
     "LrcSSMForCausalLM",
@@ -39,7 +42,8 @@ __all__ = [
     "LrcSSMForSequenceModeling",
     "LrcSSMModel",
     "LrcSSMPreTrainedModel",
-    "LrcScanInfo",
+    "ScanInfo",
+    "cell_scan",
     "lrc_scan",
     "lrc_step",
     "prefix_scan",

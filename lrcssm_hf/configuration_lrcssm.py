@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .host import CACHE_NAMES
-from .recurrence import BACKENDS, SOLVERS
+from .operators import BACKENDS, SOLVERS
 
 
 _CHOICES = {

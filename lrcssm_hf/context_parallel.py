@@ -2,8 +2,9 @@
 """The recurrence over a sequence whose pieces lie on several ranks.
 
 Rank r knows its own steps but not the state s_r before the first of them. From a guess of all s_r, every rank solves
-its piece and finds the state e_r after it and its derivative p_r = de_r/ds_r, D numbers each, because the Jacobian is
-diagonal. All ranks gather them, and Newton's method gives the next guess from the first rank to the last:
+its piece and finds the state e_r after it and its derivative p_r = de_r/ds_r, because the Jacobian is diagonal a number
+for each of the D neurons, or n x n where a neuron has n states. All ranks gather them, and Newton's method gives the
+next guess from the first rank to the last:
 
     s_{r+1} <- e_r + p_r (s_r - the guess of s_r).
 
@@ -11,7 +12,7 @@ The first rank's state is known, so that after k sweeps those of the first k ran
 as there are ranks all are; where Newton converges earlier, as it mostly does after two or three, so does the scan.
 
 Going back is linear, and takes one gathering: with g_r the gradient of the whole loss by s_r, and l_r that of rank r's
-own outputs, g_r = l_r + p_r g_{r+1}.
+own outputs, g_r = l_r + p_r^T g_{r+1}.
 
 Beside the state, a rank needs from those before it what its convolutions read across the border (`steps_before`), and
 from the one after it a label (`spread_labels`).
@@ -29,6 +30,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from .linear_scan import apply, identity
+
 
 # What talks to other ranks is left out of compiled graphs.
 @torch.compiler.disable
@@ -43,9 +46,9 @@ def scan_over_ranks(
     """States and final state of this rank's piece.
 
     Args:
-        scan: `scan(inputs, parameters, initial_state)` -> states (B, T, D) and final state (B, D) of a piece.
+        scan: `scan(inputs, parameters, initial_state)` -> states (B, T, n, D) and final state (B, n, D) of a piece.
         inputs, parameters: of this rank's steps, and of all.
-        initial_state: (B, D), before the first rank's first step, in the dtype of the states.
+        initial_state: (B, n, D), before the first rank's first step, in the dtype of the states.
         tolerance: relative change of a state between pieces below which it has converged.
     """
     return _ScanOverRanks.apply(scan, group, tolerance, tuple(inputs), initial_state, *inputs.values(), *parameters)
@@ -60,10 +63,10 @@ class _ScanOverRanks(torch.autograd.Function):
         starts = initial_state.detach().expand(size, *initial_state.shape)
         for _ in range(size):
             piece = _Piece.solve(scan, names, tensors, starts[rank])
-            (slope,) = torch.autograd.grad(piece.final_state, piece.start, torch.ones_like(piece.final_state))
-            states, final_state = piece.states.detach(), piece.final_state.detach()
+            states, final_state, slope = piece.states.detach(), piece.final_state.detach(), piece.slope()
             del piece  # A graph as large as the next sweep's.
-            ends, slopes = _gather(torch.stack([final_state, slope]), group).unbind(1)
+            gathered = _gather(torch.cat([final_state.unsqueeze(2), slope], dim=2), group)
+            ends, slopes = gathered[..., 0, :], gathered[..., 1:, :]
             matched = _match(starts, ends, slopes)
             scale = torch.maximum(matched.abs(), starts.abs())
             # Every rank compares the same numbers, and so all end together. What is not a number does not match.
@@ -88,7 +91,7 @@ class _ScanOverRanks(torch.autograd.Function):
         gathered = _gather(own, ctx.group)
         later = torch.zeros_like(own)
         for other in reversed(range(rank + 1, size)):
-            later = gathered[other] + slopes[other] * later
+            later = gathered[other] + apply(slopes[other].transpose(-3, -2), later)
         wanted = [piece.start, *(leaf for leaf in piece.leaves if leaf is not None and leaf.requires_grad)]
         by_all = (grad_final_state + later, *by_states)
         by_start, *found = torch.autograd.grad(outputs, wanted, by_all, allow_unused=True)
@@ -113,6 +116,12 @@ class _Piece(NamedTuple):
             start = start.clone().requires_grad_()
             states, final_state = scan(dict(zip(names, leaves)), leaves[len(names) :], start)
         return cls(start, states, final_state, leaves)
+
+    def slope(self) -> Tensor:
+        """The derivative of the final state by the state before the piece, (B, n, n, D), row by column."""
+        seeds = identity(self.final_state).unbind(1)
+        rows = [torch.autograd.grad(self.final_state, self.start, seed, retain_graph=True)[0] for seed in seeds]
+        return torch.stack(rows, dim=1)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -181,11 +190,12 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _match(starts: Tensor, ends: Tensor, slopes: Tensor) -> Tensor:
-    """Newton's next guess of the states before the pieces, each (ranks, B, D)."""
+    """Newton's next guess of the states before the pieces, (ranks, B, n, D), as are the ends."""
     matched = [starts[0]]
     for start, end, slope in zip(starts[:-1], ends, slopes):
         change = matched[-1] - start
-        guess = end + slope * change
+        guess = end + apply(slope, change)
         # A piece whose start was right has the right end, whatever its slope; and a guess must be a number.
-        matched.append(torch.where((change == 0) | ~guess.isfinite(), end, guess))
+        is_right = (change == 0).all(dim=-2, keepdim=True)
+        matched.append(torch.where(is_right | ~guess.isfinite(), end, guess))
     return torch.stack(matched)

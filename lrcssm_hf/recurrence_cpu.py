@@ -5,7 +5,7 @@ One sweep over time with the states of a block of channels in cache moves each o
 the loop over channels into vector instructions, for which the exponential is written out below. Work is split over
 batch and channel blocks. Threads come from Python's own pool (the kernels release the GIL), as many as torch may use,
 so nothing spins beside torch's threads between calls. Machine code is cached on disk after the first call.
-`prefix_scan` is compiled for complex64 too.
+`prefix_scan` is compiled for complex64 too. A cell's kernels are two templates with its program put in.
 
 A kernel writes everything it returns from the start, so that one that has failed can simply be run again: compiled in
 memory where the cache is broken, or in the calling thread where there are no others to be had. Importing this module
@@ -15,17 +15,26 @@ needs numba; `recurrence.py` does without it, and without kernels that do not co
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+import linecache
 import logging
 import math
 import os
+import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import cached_assets_path
 from torch import Tensor
 
-from .recurrence import SOLVERS, Kernels, LrcParameters
+from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Program, Spelling, fill, operands
+from .operators import SOLVERS, Kernels
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -173,7 +182,7 @@ def _prefetch(typingctx, array, index):
     return types.none(array, types.intp), codegen
 
 
-# --- The cell -------------------------------------------------------------------------------------------------------
+# --- Functions of one number ----------------------------------------------------------------------------------------
 
 _ONE, _TWO, _LOG2_E = np.float32(1), np.float32(2), np.float32(math.log2(math.e))
 # e^x = 2^n 2^r with n an integer and |r| <= 1/2. Adding a number so large that its unit of rounding is 1 leaves n, with
@@ -212,40 +221,6 @@ def _tanh(x):
 # all rows would compete for the same few lines of the cache.
 _WIDTH = 1024 + _VECTOR
 
-# Rows of the scratch buffer: the fields of `LrcParameters` in their order, ...
-_SCALE, _SHIFT, _FORGET_WEIGHT, _UPDATE_WEIGHT, _CONDUCTANCE, _POTENTIAL, _ELASTANCE_WEIGHT, _BIAS, _ELASTANCE_SHIFT = (
-    row * _WIDTH for row in range(9)
-)
-# ... one step's operands, the inputs with their parameter added, ...
-_STATE, _FORGET, _UPDATE, _ELASTANCE = (row * _WIDTH for row in range(9, 13))
-_FORWARD_SIZE = 13 * _WIDTH
-# ... and for the adjoint, what it carries and writes, and the nine sums of the parameters' gradients.
-_ADJOINT, _GRAD_TIME, _GRAD_FORGET, _GRAD_UPDATE, _GRAD_ELASTANCE = (row * _WIDTH for row in range(13, 18))
-_SUMS, _BACKWARD_SIZE = 18 * _WIDTH, 27 * _WIDTH
-
-
-@_inline()
-def _cell(s, j):
-    """`recurrence._cell` for channel j of the scratch buffer, without the elastance."""
-    activation = _sigmoid(s[_SCALE + j] * (s[_STATE + j] - s[_SHIFT + j]))
-    forget_gate = _sigmoid(s[_FORGET + j] + s[_FORGET_WEIGHT + j] * activation)
-    update = _tanh(s[_UPDATE + j] + s[_UPDATE_WEIGHT + j] * activation)
-    return activation, forget_gate, update, s[_POTENTIAL + j] * update - forget_gate * s[_STATE + j]
-
-
-@_inline()
-def _elastance(s, j, symmetric):
-    """eps and its derivatives by drive and shift; `symmetric` None (or True) makes two compilations of the caller."""
-    drive = s[_ELASTANCE + j] + s[_ELASTANCE_WEIGHT + j] * s[_STATE + j]
-    if symmetric is None:
-        elastance = _sigmoid(drive)
-        slope = elastance * (_ONE - elastance)
-        return elastance, slope, slope
-    else:
-        upper, lower = _sigmoid(drive + s[_ELASTANCE_SHIFT + j]), _sigmoid(drive - s[_ELASTANCE_SHIFT + j])
-        upper_slope, lower_slope = upper * (_ONE - upper), lower * (_ONE - lower)
-        return upper - lower, upper_slope - lower_slope, upper_slope + lower_slope
-
 
 @_inline()
 def _load(s, row, array, offset, count):
@@ -255,17 +230,27 @@ def _load(s, row, array, offset, count):
 
 
 @_inline()
-def _load_sum(s, row, addend, array, offset, count, ahead, finite):
-    """An input plus a parameter. `finite` takes inputs that are not for 0, for steps whose inputs must not matter."""
+def _load_input(s, row, array, offset, count, ahead, finite):
+    """`finite` takes inputs that are not for 0, for steps whose inputs must not matter."""
     for j in range(0, count, _VECTOR):
         _prefetch(array, offset + ahead + j)
-    source, target, addend = array[offset : offset + count], s[row : row + count], s[addend : addend + count]
+    source, target = array[offset : offset + count], s[row : row + count]
     for j in range(count):
-        target[j] = addend[j] + _widen(source[j])
+        target[j] = _widen(source[j])
     if finite:
         for j in range(count):
             if not math.isfinite(target[j]):
-                target[j] = addend[j]
+                target[j] = 0
+
+
+@_inline()
+def _load_sum(s, row, array, offset, count, ahead):
+    """Adds the array to the row."""
+    for j in range(0, count, _VECTOR):
+        _prefetch(array, offset + ahead + j)
+    source, target = array[offset : offset + count], s[row : row + count]
+    for j in range(count):
+        target[j] += _widen(source[j])
 
 
 @_inline()
@@ -292,111 +277,9 @@ def _block(item, blocks, width, size):
 
 
 @_kernel
-def _lrc_forward(
-    forget, update, elastance, time_step, reset, initial, w, symmetric, states, blocks, width, start, stop
-):
-    """Work items `start` to `stop` of batch * blocks; operands are (flat array, batch stride, time stride)."""
-    (c, c_b, c_t), (d, d_b, d_t), (q, q_b, q_t) = forget, update, elastance
-    (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t) = time_step, reset
-    steps, size = states.shape[1], states.shape[2]
-    s = np.zeros(_FORWARD_SIZE, np.float32)
-    for item in range(start, stop):
-        b, first, count, padded = _block(item, blocks, width, size)
-        for k in range(len(w)):
-            _load(s, k * _WIDTH, w[k], first, count)
-        s[_STATE : _STATE + _WIDTH] = 0
-        _load(s, _STATE, initial[b], first, count)
-        for t in range(steps):
-            if fresh[b * fresh_b + t * fresh_t]:
-                s[_STATE : _STATE + _WIDTH] = 0
-            step = _widen(dt[b * dt_b + t * dt_t])
-            if step != 0:
-                _load_sum(s, _FORGET, _CONDUCTANCE, c, b * c_b + t * c_t + first, count, _STEPS_AHEAD * c_t, False)
-                _load_sum(s, _UPDATE, _CONDUCTANCE, d, b * d_b + t * d_t + first, count, _STEPS_AHEAD * d_t, False)
-                _load_sum(s, _ELASTANCE, _BIAS, q, b * q_b + t * q_t + first, count, _STEPS_AHEAD * q_t, False)
-                for j in range(padded):
-                    _, _, _, velocity = _cell(s, j)
-                    eps, _, _ = _elastance(s, j, symmetric)
-                    s[_STATE + j] += step * eps * velocity
-            _store(s, _STATE, states[b, t], first, count)
-
-
-@_kernel
-def _lrc_backward(
-    grads, states, forget, update, elastance, time_step, reset, initial, w, symmetric,
-    grad_forget, grad_update, grad_elastance, grad_time_step, grad_initial, grad_w, blocks, width, start, stop,
-):  # fmt: skip
-    """The adjoint sweep, from the last step to the first; gradients shared by the batch are summed per batch row."""
-    (c, c_b, c_t), (d, d_b, d_t), (q, q_b, q_t) = forget, update, elastance
-    (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t), (g, g_b, g_t) = time_step, reset, grads
-    gq, gq_b, gq_t = grad_elastance
-    steps, size = states.shape[1], states.shape[2]
-    s = np.zeros(_BACKWARD_SIZE, np.float32)
-    for item in range(start, stop):
-        b, first, count, padded = _block(item, blocks, width, size)
-        for k in range(len(w)):
-            _load(s, k * _WIDTH, w[k], first, count)
-            grad_w[b, k, first : first + count] = 0
-        s[_ADJOINT : _ADJOINT + _WIDTH] = 0
-        for t in range(steps - 1, -1, -1):
-            is_reset = fresh[b * fresh_b + t * fresh_t]
-            if is_reset:
-                s[_STATE : _STATE + _WIDTH] = 0
-            elif t == 0:
-                _load(s, _STATE, initial[b], first, count)
-            else:
-                _load(s, _STATE, states[b, t - 1], first, count)
-            step = _widen(dt[b * dt_b + t * dt_t])
-            _load_sum(s, _FORGET, _CONDUCTANCE, c, b * c_b + t * c_t + first, count, -_STEPS_AHEAD * c_t, step == 0)
-            _load_sum(s, _UPDATE, _CONDUCTANCE, d, b * d_b + t * d_t + first, count, -_STEPS_AHEAD * d_t, step == 0)
-            _load_sum(s, _ELASTANCE, _BIAS, q, b * q_b + t * q_t + first, count, -_STEPS_AHEAD * q_t, step == 0)
-            _load_sum(s, _ADJOINT, _ADJOINT, g, b * g_b + t * g_t + first, count, -_STEPS_AHEAD * g_t, False)
-            for j in range(padded):
-                x, lam = s[_STATE + j], s[_ADJOINT + j]
-                n, gate, tanh_z, velocity = _cell(s, j)
-                eps, eps_slope, shift_slope = _elastance(s, j, symmetric)
-                grad_eps = lam * step * velocity
-                grad_velocity = lam * step * eps
-                grad_drive = grad_eps * eps_slope
-                grad_f = -grad_velocity * x * gate * (_ONE - gate)
-                grad_z = grad_velocity * s[_POTENTIAL + j] * (_ONE - tanh_z * tanh_z)
-                grad_activation = grad_f * s[_FORGET_WEIGHT + j] + grad_z * s[_UPDATE_WEIGHT + j]
-                grad_synapse = grad_activation * n * (_ONE - n)
-                s[_GRAD_TIME + j] = lam * eps * velocity
-                s[_GRAD_FORGET + j] = grad_f
-                s[_GRAD_UPDATE + j] = grad_z
-                s[_GRAD_ELASTANCE + j] = grad_drive
-                s[_SUMS + _SCALE + j] += grad_synapse * (x - s[_SHIFT + j])
-                s[_SUMS + _SHIFT + j] -= grad_synapse * s[_SCALE + j]
-                s[_SUMS + _FORGET_WEIGHT + j] += grad_f * n
-                s[_SUMS + _UPDATE_WEIGHT + j] += grad_z * n
-                s[_SUMS + _CONDUCTANCE + j] += grad_f + grad_z
-                s[_SUMS + _POTENTIAL + j] += grad_velocity * tanh_z
-                s[_SUMS + _ELASTANCE_WEIGHT + j] += grad_drive * x
-                s[_SUMS + _BIAS + j] += grad_drive
-                if symmetric is not None:
-                    s[_SUMS + _ELASTANCE_SHIFT + j] += grad_eps * shift_slope
-                s[_ADJOINT + j] = (
-                    lam - grad_velocity * gate + grad_synapse * s[_SCALE + j] + grad_drive * s[_ELASTANCE_WEIGHT + j]
-                )
-            _store(s, _GRAD_FORGET, grad_forget[b, t], first, count)
-            _store(s, _GRAD_UPDATE, grad_update[b, t], first, count)
-            _store(s, _GRAD_ELASTANCE, gq, b * gq_b + t * gq_t + first, count)
-            if grad_time_step is not None:
-                grad_time_step[item % blocks, b, t] = _sum(s[_GRAD_TIME : _GRAD_TIME + count])
-            if is_reset:
-                s[_ADJOINT : _ADJOINT + _WIDTH] = 0
-            if t % _FLUSH_STEPS == 0:
-                for k in range(grad_w.shape[1]):
-                    for j in range(count):
-                        grad_w[b, k, first + j] += s[_SUMS + k * _WIDTH + j]
-                s[_SUMS:] = 0
-        _store(s, _ADJOINT, grad_initial[b], first, count)
-
-
-@_kernel
 def _linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, start, stop):
-    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; arguments as in `_lrc_forward`.
+    """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; operands are (flat array, batch stride,
+    time stride), and work items batch * blocks.
 
     `pairs` None (or True) makes two compilations: real channels, or complex ones, of which a row holds the real and the
     imaginary parts in turn. The states in hand have them in two rows of one scratch buffer.
@@ -428,6 +311,211 @@ def _linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, 
                     row[2 * j + 1] = s[_WIDTH + j]
 
 
+# --- A cell's kernels -----------------------------------------------------------------------------------------------
+# In the templates an operand of the program has its row of the scratch buffer: first the weights, then the states, then
+# the inputs; for the adjoint, then what it carries, the gradients that are stored at every step, and the sums of those
+# of the weights. Operands of a kernel are (flat array, batch stride, time stride).
+
+_SPELLING = Spelling(
+    ARITHMETIC
+    | {"sigmoid": "_sigmoid({})", "tanh": "_tanh({})", "exp": "_exp({})", "sin": "math.sin({})", "cos": "math.cos({})"},
+    number="np.float32({!r})",
+)
+
+_FORWARD = """
+def forward(inputs, time_steps, resets, initial, weights, states, blocks, width, start, stop):
+    $unpack_inputs
+    (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t) = time_steps, resets
+    steps, size = states.shape[1], states.shape[3]
+    s = np.zeros($rows * _WIDTH, np.float32)
+    for item in range(start, stop):
+        b, first, count, padded = _block(item, blocks, width, size)
+        for k in range(weights.shape[0]):
+            _load(s, k * _WIDTH, weights[k], first, count)
+        s[$first_state * _WIDTH : $first_input * _WIDTH] = 0
+        for i in range($states):
+            _load(s, ($first_state + i) * _WIDTH, initial[b, i], first, count)
+        for t in range(steps):
+            if fresh[b * fresh_b + t * fresh_t]:
+                s[$first_state * _WIDTH : $first_input * _WIDTH] = 0
+            time_step = _widen(dt[b * dt_b + t * dt_t])
+            if time_step != 0:
+                $load_inputs
+                for j in range(padded):
+                    $read
+                    $advance
+                    $write
+            for i in range($states):
+                _store(s, ($first_state + i) * _WIDTH, states[b, t, i], first, count)
+"""
+
+# The adjoint sweep, from the last step to the first; gradients shared by the batch are summed per batch row, in float32
+# for a number of steps and then in float64.
+_BACKWARD = """
+def backward(
+    grads, trajectory, inputs, time_steps, resets, initial, weights,
+    grad_inputs, grad_time_steps, grad_initial, grad_weights, blocks, width, start, stop,
+):
+    $unpack_inputs
+    $unpack_gradients
+    (dt, dt_b, dt_t), (fresh, fresh_b, fresh_t) = time_steps, resets
+    steps, size = trajectory.shape[1], trajectory.shape[3]
+    s = np.zeros($rows * _WIDTH, np.float32)
+    for item in range(start, stop):
+        b, first, count, padded = _block(item, blocks, width, size)
+        for k in range(weights.shape[0]):
+            _load(s, k * _WIDTH, weights[k], first, count)
+            grad_weights[b, k, first : first + count] = 0
+        s[$first_adjoint * _WIDTH : $first_gradient * _WIDTH] = 0
+        for t in range(steps - 1, -1, -1):
+            is_reset = fresh[b * fresh_b + t * fresh_t]
+            if is_reset:
+                s[$first_state * _WIDTH : $first_input * _WIDTH] = 0
+            else:
+                for i in range($states):
+                    before = initial[b, i] if t == 0 else trajectory[b, t - 1, i]
+                    _load(s, ($first_state + i) * _WIDTH, before, first, count)
+            time_step = _widen(dt[b * dt_b + t * dt_t])
+            $load_inputs
+            for i in range($states):
+                g = grads[i]
+                _load_sum(
+                    s, ($first_adjoint + i) * _WIDTH, g[0], b * g[1] + t * g[2] + first, count, -_STEPS_AHEAD * g[2]
+                )
+            for j in range(padded):
+                $read
+                $adjoint
+                $write
+            $store_gradients
+            if is_reset:
+                s[$first_adjoint * _WIDTH : $first_gradient * _WIDTH] = 0
+            if t % _FLUSH_STEPS == 0:
+                for k in range(weights.shape[0]):
+                    for j in range(count):
+                        grad_weights[b, k, first + j] += s[($first_sum + k) * _WIDTH + j]
+                s[$first_sum * _WIDTH :] = 0
+        for i in range($states):
+            _store(s, ($first_adjoint + i) * _WIDTH, grad_initial[b, i], first, count)
+"""
+
+
+def _forward_source(program: Program) -> str:
+    rows = _rows_of(program)
+    results = map(_SPELLING.argument, program.advance.results)
+    return fill(
+        _FORWARD,
+        **_common_parts(program, rows),
+        load_inputs=_load_inputs(program, rows, "_STEPS_AHEAD", "False"),
+        read=_read(program.advance, rows),
+        advance=_SPELLING.lines(program.advance),
+        write=[f"{_entry(rows[f'state{i}'])} = {result}" for i, result in enumerate(results)],
+    )
+
+
+def _backward_source(program: Program) -> str:
+    rows, names = _rows_of(program), operands(program)
+    # The adjoint of every state, the gradients that are stored at every step, and the sums.
+    adjoints = [f"adjoint{i}" for i in range(program.states)]
+    stored = [f"grad_{name}" for name in names if name.startswith("input") or name == "time_step"]
+    sums = [f"grad_weight{k}" for k in range(program.weights)]
+    rows |= {name: len(rows) + i for i, name in enumerate([*adjoints, *stored, *sums])}
+    write = []
+    for name, result in zip(names, map(_SPELLING.argument, program.adjoint.results), strict=True):
+        target = name.replace("state", "adjoint") if name.startswith("state") else f"grad_{name}"
+        write.append(f"{_entry(rows[target])} {'+=' if name.startswith('weight') else '='} {result}")
+    of_inputs = [name for name in stored if name != "grad_time_step"]
+    store = [f"_store(s, {rows[name]} * _WIDTH, {name}[b, t], first, count)" for name in of_inputs]
+    if program.has_time_step:
+        row = rows["grad_time_step"]
+        store.append(f"grad_time_steps[item % blocks, b, t] = _sum(s[{row} * _WIDTH : {row} * _WIDTH + count])")
+    return fill(
+        _BACKWARD,
+        **_common_parts(program, rows),
+        first_adjoint=str(rows[adjoints[0]]),
+        first_gradient=str(rows[stored[0]]),
+        first_sum=str(len(rows) - len(sums)),
+        unpack_gradients=[f"({', '.join(of_inputs)},) = grad_inputs"],
+        load_inputs=_load_inputs(program, rows, "-_STEPS_AHEAD", "time_step == 0"),
+        read=_read(program.adjoint, rows),
+        adjoint=_SPELLING.lines(program.adjoint),
+        write=write,
+        store_gradients=store,
+    )
+
+
+def _rows_of(program: Program) -> dict[str, int]:
+    kinds = {"weight": program.weights, "state": program.states, "input": program.inputs}
+    return {name: row for row, name in enumerate(f"{kind}{i}" for kind, count in kinds.items() for i in range(count))}
+
+
+def _common_parts(program: Program, rows: dict[str, int]) -> dict[str, str | list[str]]:
+    operands = [f"(in{i}, in{i}_b, in{i}_t)" for i in range(program.inputs)]
+    return {
+        "rows": str(len(rows)),
+        "states": str(program.states),
+        "first_state": str(rows["state0"]),
+        "first_input": str(rows["input0"]),
+        "unpack_inputs": [f"({', '.join(operands)},) = inputs"],
+    }
+
+
+def _entry(row: int) -> str:
+    return f"s[{row} * _WIDTH + j]"
+
+
+def _load_inputs(program: Program, rows: dict[str, int], ahead: str, finite: str) -> list[str]:
+    return [
+        f"_load_input(s, {rows[f'input{i}']} * _WIDTH, in{i}, b * in{i}_b + t * in{i}_t + first, count, "
+        f"{ahead} * in{i}_t, {finite})"
+        for i in range(program.inputs)
+    ]
+
+
+def _read(code: Code, rows: dict[str, int]) -> list[str]:
+    used = {argument for line in code.lines for argument in line.arguments} | set(code.results)
+    return [f"{name} = {_entry(row)}" for name, row in rows.items() if name in used]
+
+
+class _CellKernels:
+    """The two passes of a program, to be compiled at their first call."""
+
+    def __init__(self, program: Program):
+        self.forward = _kernel(_defined("forward", program.key, _forward_source(program)))
+        self.backward = _kernel(_defined("backward", program.key, _backward_source(program)))
+
+
+@functools.cache
+def _kernels_of(key: str) -> _CellKernels:
+    return _CellKernels(PROGRAMS[key])
+
+
+def _defined(name: str, key: str, text: str) -> Callable:
+    """The function that the text defines, in this module. Numba keeps machine code beside a file of source, which is
+    written to the user's cache; without one, it compiles in memory."""
+    digest = hashlib.sha256(f"{_this_source()}{text}".encode()).hexdigest()[:16]
+    file_name = f"{name}_{key}_{digest}.py"
+    try:
+        path = Path(cached_assets_path("lrcssm_hf", "recurrence", "cpu")) / file_name
+        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                file.write(text)
+            os.replace(file.name, path)
+        source = str(path)
+    except OSError:
+        source = f"<{file_name}>"
+    # Where messages and debuggers look for a source that is in no file.
+    linecache.cache[source] = (len(text), None, text.splitlines(keepends=True), source)
+    namespace = dict(globals())
+    exec(compile(text, source, "exec"), namespace)
+    return namespace[name]
+
+
+@functools.cache
+def _this_source() -> str:
+    """What the functions that kernels call are made of, which numba does not look at for its cache."""
+    return inspect.getsource(sys.modules[__name__])
+
+
 # --- Tensors in, tensors out ----------------------------------------------------------------------------------------
 
 
@@ -448,11 +536,11 @@ def _rows(tensor: Tensor) -> tuple[np.ndarray, int, int]:
     return flat.numpy(), tensor.stride(0), tensor.stride(1)
 
 
-def _optional(tensor: Tensor | None, default: float | bool, batch: int, steps: int, *size: int):
+def _optional(tensor: Tensor | None, default: float | bool, batch: int, steps: int) -> tuple[np.ndarray, int, int]:
     """The rows of an optional operand; absent, those of one repeated default."""
     if tensor is None:
         dtype = torch.bool if isinstance(default, bool) else torch.float32
-        tensor = torch.full((1, 1, *size), default, dtype=dtype, device="cpu").expand(batch, steps, *size)
+        tensor = torch.full((1, 1), default, dtype=dtype, device="cpu").expand(batch, steps)
     return _rows(tensor)
 
 
@@ -502,18 +590,14 @@ def _empty(*shape: int) -> Tensor:
     return torch.from_numpy(buffer[first : first + count]).view(shape)
 
 
-def _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights) -> tuple:
-    batch, steps, size = forget_input.shape
+def _operands(inputs, time_step, reset, initial_state, weights) -> tuple:
+    batch, steps, _ = inputs[0].shape
     return (
-        _rows(forget_input),
-        _rows(update_input),
-        _optional(elastance_input, 0.0, batch, steps, size),
+        tuple(map(_rows, inputs)),
         _optional(time_step, 1.0, batch, steps),
         _optional(reset, False, batch, steps),
         initial_state.detach().contiguous().numpy(),
         weights.detach().contiguous().numpy(),
-        # None and True are two types to numba, and so two compilations without a branch in the inner loop.
-        True if weights.shape[0] == len(LrcParameters._fields) else None,
     )
 
 
@@ -522,51 +606,40 @@ def serves_cpu(operator: str, tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in dtypes
 
 
-def lrc_scan_cpu(
-    forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
+def cell_scan_cpu(
+    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance
 ) -> tuple[Tensor, Tensor]:
-    """The states (B, T, D), solved sequentially, and the operator's numbers; arguments as in
-    `recurrence._lrc_scan_op`."""
-    batch, steps, size = forget_input.shape
-    states = _empty(batch, steps, size)
-    operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
+    """The states (B, T, n, D), solved sequentially, and the operator's numbers; arguments as in
+    `recurrence._cell_scan_op`."""
+    batch, steps, size = inputs[0].shape
+    states = _empty(batch, steps, program.states, size)
+    arguments = (*_operands(inputs, time_step, reset, initial_state, weights), states.numpy())
     blocks, width = _partition(batch, size)
-    _run(_lrc_forward, (*operands, states.numpy()), batch, steps, size, blocks, width)
+    _run(_kernels_of(program.key).forward, arguments, batch, steps, size, blocks, width)
     return states, torch.tensor([1, 0, 0, SOLVERS.index("sequential")], dtype=torch.float32)
 
 
-def lrc_scan_backward_cpu(
-    grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
-) -> tuple[Tensor, ...]:
-    """The gradients; arguments and results as in `recurrence._lrc_scan_backward_op`."""
-    batch, steps, size = forget_input.shape
-    operands = _operands(forget_input, update_input, elastance_input, time_step, reset, initial_state, weights)
+def cell_scan_backward_cpu(
+    grad_states, states, program: Program, inputs, time_step, reset, initial_state, weights
+) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
+    """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
+    batch, steps, size = inputs[0].shape
     blocks, width = _partition(batch, size)
-    grad_forget, grad_update = _empty(batch, steps, size), _empty(batch, steps, size)
-    # Without an elastance input its gradient is written over and over into one row that stays in cache; one row for
-    # each batch row, so that threads do not share it.
-    grad_elastance = _empty(batch, 1 if elastance_input is None else steps, size)
+    grad_inputs = [_empty(batch, steps, size) for _ in inputs]
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
-    grad_initial = initial_state.new_empty(batch, size)
+    grad_initial = initial_state.new_empty(initial_state.shape)
     grad_weights = weights.new_empty(batch, *weights.shape, dtype=torch.float64)
-    results = (
-        grad_forget.numpy(),
-        grad_update.numpy(),
-        _rows(grad_elastance if elastance_input is not None else grad_elastance.expand(batch, steps, size)),
+    arguments = (
+        tuple(_rows(grad) for grad in grad_states.unbind(2)),
+        states.numpy(),
+        *_operands(inputs, time_step, reset, initial_state, weights),
+        tuple(gradient.numpy() for gradient in grad_inputs),
         None if grad_time_step is None else grad_time_step.numpy(),
         grad_initial.numpy(),
         grad_weights.numpy(),
     )
-    arguments = (_rows(grad_states), states.numpy(), *operands, *results)
-    _run(_lrc_backward, arguments, batch, steps, size, blocks, width)
-    return (
-        grad_forget.to(forget_input.dtype),
-        grad_update.to(update_input.dtype),
-        states.new_empty(0) if elastance_input is None else grad_elastance.to(elastance_input.dtype),
-        states.new_empty(0) if time_step is None else grad_time_step.sum(0).to(time_step.dtype),
-        grad_initial,
-        grad_weights.sum(0).to(weights.dtype),
-    )
+    _run(_kernels_of(program.key).backward, arguments, batch, steps, size, blocks, width)
+    return grad_inputs, None if grad_time_step is None else grad_time_step.sum(0), grad_initial, grad_weights.sum(0)
 
 
 def _pairs(tensor: Tensor) -> Tensor:
@@ -588,4 +661,4 @@ def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, revers
     return torch.view_as_complex(states.unflatten(2, (size, 2))) if pairs else states
 
 
-KERNELS = Kernels(lrc_scan_cpu, lrc_scan_backward_cpu, prefix_scan_cpu, serves_cpu)
+KERNELS = Kernels(cell_scan_cpu, cell_scan_backward_cpu, prefix_scan_cpu, serves_cpu)

@@ -5,9 +5,9 @@ A thread owns a few channels and walks through a chunk of time with their states
 on their way from memory. Where batch and channels alone do not fill the chip, time is cut into chunks that run at once:
 
     sequential   one chunk.
-    chunked      multiple shooting (`recurrence._solve_chunked`): `_sweep_kernel` runs all chunks from guessed starts,
-                 `_stitch_kernel` checks their boundaries and corrects the starts by a scan over the chunks.
-    newton       DEER (`recurrence._solve_newton`): `_newton_kernel`, a scan over all steps in every iteration.
+    chunked      multiple shooting (`solvers._solve_chunked`): `sweep` runs all chunks from guessed starts, `stitch`
+                 checks their boundaries and corrects the starts by a scan over the chunks.
+    newton       DEER (`solvers._solve_newton`): the kernel of that name, a scan over all steps in every iteration.
 
 Whether an answer has converged is decided on the device, for every block of channels on its own: a fixed number of
 sweeps is launched, of which those that are not needed return at once, and last the sequential solver for the blocks
@@ -17,6 +17,8 @@ The adjoint and `prefix_scan` are linear: one pass reduces every chunk to (produ
 their starts, and a second pass writes the result. Gradients that the batch shares are summed per chunk and then by
 torch: no atomics, the same result every time.
 
+A cell's kernels are templates with its program put in; n states of a neuron have n x n Jacobian blocks.
+
 Importing this module needs triton; `recurrence.py` falls back to PyTorch without it.
 """
 
@@ -24,11 +26,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import linecache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .recurrence import SOLVERS, Kernels, LrcParameters, last_changes
+from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, fill, operands
+from .operators import SOLVERS, Kernels
+from .solvers import last_changes
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -52,11 +58,11 @@ _SHORTEST_CHUNK = 64
 # Sweeps launched before the sequential solver takes over. Contracting recurrences need two or three.
 _MAX_SWEEPS = 6
 _MAX_NEWTON_ITERATIONS = tl.constexpr(30)
-# The smallest number a residual is measured against, as in `recurrence._residual`.
+# The smallest number a residual is measured against, as in `solvers._residual`.
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
-# --- The cell -------------------------------------------------------------------------------------------------------
+# --- Functions of numbers -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -86,99 +92,17 @@ def _compose(factor_1, addend_1, factor_2, addend_2):
 
 
 @triton.jit
-def _load_weights(weights, size, channel, inside, SYMMETRIC: tl.constexpr):
-    """The fields of `LrcParameters` in their order; an absent elastance shift is 0."""
-    scale = tl.load(weights + channel, mask=inside, other=0.0)
-    shift = tl.load(weights + size + channel, mask=inside, other=0.0)
-    forget_weight = tl.load(weights + 2 * size + channel, mask=inside, other=0.0)
-    update_weight = tl.load(weights + 3 * size + channel, mask=inside, other=0.0)
-    conductance = tl.load(weights + 4 * size + channel, mask=inside, other=0.0)
-    potential = tl.load(weights + 5 * size + channel, mask=inside, other=0.0)
-    elastance_weight = tl.load(weights + 6 * size + channel, mask=inside, other=0.0)
-    bias = tl.load(weights + 7 * size + channel, mask=inside, other=0.0)
-    elastance_shift = tl.zeros_like(scale)
-    if SYMMETRIC:
-        elastance_shift = tl.load(weights + 8 * size + channel, mask=inside, other=0.0)
-    return scale, shift, forget_weight, update_weight, conductance, potential, elastance_weight, bias, elastance_shift
-
-
-@triton.jit
-def _load_step(
-    c, d, q, dt, reset, row_c, row_d, row_q, row, channel, inside, rows_inside, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Inputs, time step and reset flag of one step (`row` a number) or many (`row` a column).
-
-    `row_*` are the rows' offsets in the respective tensor. What a step of no time would have read does not matter.
-    """
-    forget_input = tl.load(c + row_c + channel, mask=inside, other=0.0).to(DTYPE)
-    update_input = tl.load(d + row_d + channel, mask=inside, other=0.0).to(DTYPE)
-    elastance_input = tl.zeros_like(forget_input)
-    if q is not None:
-        elastance_input = tl.load(q + row_q + channel, mask=inside, other=0.0).to(DTYPE)
-    step = tl.full([], 1.0, DTYPE)
-    if dt is not None:
-        step = tl.load(dt + row, mask=rows_inside, other=1.0)
-        forget_input = tl.where(_finite(forget_input), forget_input, tl.where(step == 0, 0.0, forget_input))
-        update_input = tl.where(_finite(update_input), update_input, tl.where(step == 0, 0.0, update_input))
-        elastance_input = tl.where(_finite(elastance_input), elastance_input, tl.where(step == 0, 0.0, elastance_input))
-    fresh = tl.full([], 0, tl.int1)
-    if reset is not None:
-        fresh = tl.load(reset + row, mask=rows_inside, other=0) != 0
-    return forget_input, update_input, elastance_input, step, fresh
-
-
-@triton.jit
-def _cell(x, forget_input, update_input, elastance_input, w, SYMMETRIC: tl.constexpr):
-    """`recurrence._cell`: n, forget gate, tanh(z), eps, its derivatives by drive and by shift, v."""
-    synapse = w[0] * (x - w[1])
-    drive = w[6] * x + w[7] + elastance_input
-    if SYMMETRIC:
-        n, _ = _sigmoids(synapse, synapse)
-        upper, lower = _sigmoids(drive + w[8], drive - w[8])
-        upper_slope, lower_slope = upper * (1.0 - upper), lower * (1.0 - lower)
-        eps, slope, shift_slope = upper - lower, upper_slope - lower_slope, upper_slope + lower_slope
-    else:
-        n, eps = _sigmoids(synapse, drive)
-        slope = eps * (1.0 - eps)
-        shift_slope = slope
-    gate, update = _sigmoids(w[4] + forget_input + w[2] * n, 2.0 * (w[4] + update_input + w[3] * n))
-    update = 2.0 * update - 1.0
-    return n, gate, update, eps, slope, shift_slope, w[5] * update - gate * x
-
-
-@triton.jit
-def _advance(x, eps, velocity, step):
-    return tl.where(step == 0, x, x + step * eps * velocity)
-
-
-@triton.jit
-def _slope(x, n, gate, update, eps, slope, velocity, w):
-    """(dx_t/dx_{t-1} - 1) / dt."""
-    through_n = w[5] * (1.0 - update * update) * w[3] - x * gate * (1.0 - gate) * w[2]
-    return eps * (through_n * w[0] * n * (1.0 - n) - gate) + slope * w[6] * velocity
-
-
-@triton.jit
-def _linearise(previous, forget_input, update_input, elastance_input, step, fresh, w, SYMMETRIC: tl.constexpr):
-    """F(x_{t-1}) and dF/dx_{t-1}."""
-    x = tl.where(fresh, 0.0, previous)
-    n, gate, update, eps, slope, _, velocity = _cell(x, forget_input, update_input, elastance_input, w, SYMMETRIC)
-    jacobian = 1.0 + step * _slope(x, n, gate, update, eps, slope, velocity, w)
-    return _advance(x, eps, velocity, step), tl.where(fresh, 0.0, jacobian)
-
-
-@triton.jit
 def _residual(state, previous, target):
-    """`recurrence._residual`, elementwise."""
+    """`solvers._residual`, elementwise."""
     scale = tl.maximum(tl.maximum(tl.abs(state), tl.abs(previous)), _TINY)
     error = tl.abs(state - target) / scale
     # Anything that is not a number is no solution: it must not compare as small.
     return tl.where(_finite(error), error, float("inf"))
 
 
-# --- The recurrence -------------------------------------------------------------------------------------------------
-# Programs are numbered channel block first, then chunk, then batch row. `log` is (4, batch, blocks) float32, the rows
-# iterations, residual, unsolved (1 until a solver has converged there) and the solver's number.
+# --- What all cells share -------------------------------------------------------------------------------------------
+# Programs of a launch are numbered channel block first, then chunk, then batch row. `log` is (4, batch, blocks)
+# float32, the rows iterations, residual, unsolved (1 until a solver has converged there) and the solver's number.
 
 
 @triton.jit
@@ -190,91 +114,10 @@ def _program(chunks, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sweep_kernel(
-    c, d, q, dt, reset, weights, starts, states, products, log,
-    c_b, c_t, d_b, d_t, q_b, q_t, steps, size, chunk, chunks, blocks, batch,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian.
-
-    starts, products (B, chunks, D); states (B, T, D). With a log, only blocks that are unsolved.
-    """
-    b, index, block, channel = _program(chunks, blocks, BLOCK)
-    inside = channel < size
-    w = _load_weights(weights, size, channel, inside, SYMMETRIC)
-    first = index * chunk
-    last = tl.minimum(first + chunk, steps)
-    if log is not None:
-        unsolved = tl.load(log + (2 * batch + b) * blocks + block) != 0
-        last = tl.where(unsolved, last, first)
-    x = tl.load(starts + (b * chunks + index) * size + channel, mask=inside, other=0.0)
-    product = tl.full([BLOCK], 1.0, DTYPE)
-    for t in tl.range(first, last, num_stages=_STAGES):
-        forget_input, update_input, elastance_input, step, fresh = _load_step(
-            c, d, q, dt, reset, b * c_b + t * c_t, b * d_b + t * d_t, b * q_b + t * q_t, b * steps + t,
-            channel, inside, True, DTYPE,
-        )  # fmt: skip
-        x, jacobian = _linearise(x, forget_input, update_input, elastance_input, step, fresh, w, SYMMETRIC)
-        if products is not None:
-            product *= jacobian
-        tl.store(states + (b * steps + t) * size + channel, x, mask=inside)
-    if products is not None:
-        ran = channel < tl.where(last > first, size, 0)
-        tl.store(products + (b * chunks + index) * size + channel, product, mask=ran)
-
-
-@triton.jit
-def _stitch_kernel(
-    c, d, q, dt, reset, weights, starts, states, products, log,
-    c_b, c_t, d_b, d_t, q_b, q_t, steps, size, chunk, chunks, blocks, batch, tolerance,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Checks the step into every chunk, and corrects the starts by Newton's method on the boundaries."""
-    b, _, block, channel = _program(1, blocks, BLOCK)
-    w = _load_weights(weights, size, channel, channel < size, SYMMETRIC)
-    entry = log + b * blocks + block
-    plane = batch * blocks
-    if tl.load(entry + 2 * plane) != 0:
-        worst = tl.zeros([TILE, BLOCK], DTYPE)
-        carry = tl.zeros([BLOCK], DTYPE)
-        last_row = tl.arange(0, TILE)[:, None] == TILE - 1
-        for tile in range(1, chunks, TILE):
-            index = tile + tl.arange(0, TILE).to(tl.int64)[:, None]
-            inside = (index < chunks) & (channel < size)[None, :]
-            t = index * chunk
-            at = (b * steps + t) * size + channel[None, :]
-            boundary = (b * chunks + index) * size + channel[None, :]
-            state = tl.load(states + at, mask=inside, other=0.0)
-            end = tl.load(states + at - size, mask=inside, other=0.0)
-            start = tl.load(starts + boundary, mask=inside, other=0.0)
-            product = tl.load(products + boundary - size, mask=inside, other=1.0)
-            forget_input, update_input, elastance_input, step, fresh = _load_step(
-                c, d, q, dt, reset, b * c_b + t * c_t, b * d_b + t * d_t, b * q_b + t * q_t, b * steps + t,
-                channel[None, :], inside, index < chunks, DTYPE,
-            )  # fmt: skip
-            target = _linearise(end, forget_input, update_input, elastance_input, step, fresh, w, SYMMETRIC)[0]
-            worst = tl.maximum(worst, tl.where(inside, _residual(state, end, target), 0.0))
-
-            mismatch = tl.where(inside & _finite(end), end - start, 0.0)
-            product = tl.where(_finite(product), product, 0.0)
-            factor, correction = tl.associative_scan((product, mismatch), 0, _compose)
-            correction += _carried(factor, carry[None, :])
-            # The end, not the start, plus what is left: exact as soon as the chunk before has been exact.
-            corrected = end + (correction - mismatch)
-            tl.store(starts + boundary, tl.where(_finite(corrected), corrected, 0.0), mask=inside)
-            carry = tl.sum(tl.where(last_row, correction, 0.0), 0)
-            carry = tl.where(_finite(carry), carry, 0.0)
-        residual = tl.max(tl.max(worst, 1), 0)
-        tl.store(entry, tl.load(entry) + 1.0)
-        tl.store(entry + plane, residual.to(tl.float32))
-        tl.store(entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
-
-
-@triton.jit
 def _hold_kernel(
-    states, initial, last_change, steps, size, chunk, chunks, blocks, BLOCK: tl.constexpr
+    states, initial, last_change, steps, size, chunk, chunks, blocks, STATES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Steps of no time at the head of a chunk are given, bit for bit, the state before them: `recurrence._hold`.
+    """Steps of no time at the head of a chunk are given, bit for bit, the state before them: `solvers._hold`.
 
     last_change (B, T): the last step, counted from 1, at which the state may have changed; 0 is the initial state.
     """
@@ -285,203 +128,17 @@ def _hold_kernel(
     if source <= first:
         from_initial = channel < tl.where(source == 0, size, 0)
         from_states = channel < tl.where(source == 0, 0, size)
-        held = tl.load(states + (b * steps + source - 1) * size + channel, mask=from_states, other=0.0)
-        held += tl.load(initial + b * size + channel, mask=from_initial, other=0.0)
-        t = first
         last = tl.minimum(first + chunk, steps)
-        while t < last:
-            tl.store(states + (b * steps + t) * size + channel, held, mask=inside)
-            t += 1
-            same = tl.load(last_change + b * steps + t, mask=t < last, other=-1) == source
-            t = tl.where(same, t, last)
-
-
-@triton.jit
-def _newton_kernel(
-    c, d, q, dt, reset, weights, initial, states, log,
-    c_b, c_t, d_b, d_t, q_b, q_t, steps, size, blocks, batch, tolerance,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """All of Newton's iterations for a block of channels; states (2, B, T, D), of which the first half is zero at first
-    and the solution at last."""
-    b, _, block, channel = _program(1, blocks, BLOCK)
-    w = _load_weights(weights, size, channel, channel < size, SYMMETRIC)
-    x_0 = tl.load(initial + b * size + channel, mask=channel < size, other=0.0)[None, :]
-    row = tl.arange(0, TILE).to(tl.int64)[:, None]
-    half = tl.full([], 1, tl.int64) * batch * steps * size
-    iterations = 0
-    residual = tl.full([], float("inf"), DTYPE)
-    going = residual > tolerance
-    while going:
-        # Even iterations read the first half and write the second, odd ones the other way.
-        source = states + iterations % 2 * half
-        target = states + (iterations + 1) % 2 * half
-        worst = tl.zeros([TILE, BLOCK], DTYPE)
-        carry = tl.zeros([BLOCK], DTYPE)
-        for first in range(0, steps, TILE):
-            t = first + row
-            inside = (t < steps) & (channel < size)[None, :]
-            at = (b * steps + t) * size + channel[None, :]
-            state = tl.load(source + at, mask=inside, other=0.0)
-            previous = tl.load(source + at - size, mask=inside & (t > 0), other=0.0)
-            previous = tl.where(t == 0, x_0, previous)
-            forget_input, update_input, elastance_input, step, fresh = _load_step(
-                c, d, q, dt, reset, b * c_b + t * c_t, b * d_b + t * d_t, b * q_b + t * q_t, b * steps + t,
-                channel[None, :], inside, t < steps, DTYPE,
-            )  # fmt: skip
-            value, jacobian = _linearise(
-                previous, forget_input, update_input, elastance_input, step, fresh, w, SYMMETRIC
-            )
-            worst = tl.maximum(worst, tl.where(inside, _residual(state, previous, value), 0.0))
-            factor, correction = tl.associative_scan((jacobian, value - state), 0, _compose)
-            correction += _carried(factor, carry[None, :])
-            tl.store(target + at, state + correction, mask=inside)
-            carry = tl.sum(tl.where(row == TILE - 1, correction, 0.0), 0)
-        residual = tl.max(tl.max(worst, 1), 0)
-        going = (residual > tolerance) & (residual < float("inf")) & (iterations < _MAX_NEWTON_ITERATIONS)
-        iterations += going.to(tl.int32)
-        # The next iteration's threads read what others have written in this one.
-        tl.debug_barrier()
-    if iterations % 2 == 1:
-        for first in range(0, steps, TILE):
-            t = first + row
-            inside = (t < steps) & (channel < size)[None, :]
-            at = (b * steps + t) * size + channel[None, :]
-            tl.store(states + at, tl.load(states + half + at, mask=inside, other=0.0), mask=inside)
-    entry = log + b * blocks + block
-    plane = batch * blocks
-    tl.store(entry, iterations.to(tl.float32))
-    tl.store(entry + plane, residual.to(tl.float32))
-    tl.store(entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
-
-
-@triton.jit
-def _adjoint_kernel(
-    c, d, q, dt, reset, weights, initial, states, grad_states, incoming, products,
-    grad_c, grad_d, grad_q, grad_dt, grad_initial, grad_weights,
-    c_b, c_t, d_b, d_t, q_b, q_t, g_b, g_t, steps, size, chunk, chunks, blocks, batch,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
-):  # fmt: skip
-    """lam_t = g_t + J_{t+1} lam_{t+1} through every chunk from its last step to its first.
-
-    REDUCE: from J lam = 0 after every chunk, leaving in `incoming` (B, chunks, D) what it passes on to the chunk before
-    it, and in `products` its Jacobian. Otherwise from `incoming`, writing the gradients: those of the inputs (B, T, D),
-    grad_dt (blocks, B, T) and grad_weights (B, chunks, 8 or 9, D) yet to be summed.
-    """
-    b, index, block, channel = _program(chunks, blocks, BLOCK)
-    inside = channel < size
-    w = _load_weights(weights, size, channel, inside, SYMMETRIC)
-    first = index * chunk
-    last = tl.minimum(first + chunk, steps)
-    chunk_entry = (b * chunks + index) * size + channel
-    x_0 = tl.load(initial + b * size + channel, mask=inside, other=0.0)
-    carry = tl.zeros([BLOCK], DTYPE)
-    product = tl.full([BLOCK], 1.0, DTYPE)
-    if not REDUCE:
-        carry = tl.load(incoming + chunk_entry, mask=inside, other=0.0)
-    sum_synapse = tl.zeros([BLOCK], DTYPE)
-    sum_synapse_x = tl.zeros([BLOCK], DTYPE)
-    sum_f_n = tl.zeros([BLOCK], DTYPE)
-    sum_z_n = tl.zeros([BLOCK], DTYPE)
-    sum_f_z = tl.zeros([BLOCK], DTYPE)
-    sum_potential = tl.zeros([BLOCK], DTYPE)
-    sum_drive_x = tl.zeros([BLOCK], DTYPE)
-    sum_drive = tl.zeros([BLOCK], DTYPE)
-    sum_shift = tl.zeros([BLOCK], DTYPE)
-    for back in tl.range(0, last - first, num_stages=_STAGES):
-        t = last - 1 - back
-        row = b * steps + t
-        forget_input, update_input, elastance_input, step, fresh = _load_step(
-            c, d, q, dt, reset, b * c_b + t * c_t, b * d_b + t * d_t, b * q_b + t * q_t, row,
-            channel, inside, True, DTYPE,
-        )  # fmt: skip
-        x = tl.load(states + (row - 1) * size + channel, mask=channel < tl.where(t > 0, size, 0), other=0.0)
-        x = tl.where(fresh, 0.0, tl.where(t == 0, x_0, x))
-        lam = carry + tl.load(grad_states + b * g_b + t * g_t + channel, mask=inside, other=0.0)
-        n, gate, update, eps, slope, shift_slope, velocity = _cell(
-            x, forget_input, update_input, elastance_input, w, SYMMETRIC
-        )
-        jacobian = 1.0 + step * _slope(x, n, gate, update, eps, slope, velocity, w)
-        carry = tl.where(fresh, 0.0, jacobian * lam)
-        if REDUCE:
-            product = tl.where(fresh, 0.0, product * jacobian)
-        else:
-            grad_increment = lam * step
-            grad_eps = grad_increment * velocity
-            grad_velocity = grad_increment * eps
-            grad_drive = grad_eps * slope
-            grad_f = -grad_velocity * x * gate * (1.0 - gate)
-            grad_z = grad_velocity * w[5] * (1.0 - update * update)
-            grad_synapse = (grad_f * w[2] + grad_z * w[3]) * n * (1.0 - n)
-            tl.store(grad_c + row * size + channel, grad_f, mask=inside)
-            tl.store(grad_d + row * size + channel, grad_z, mask=inside)
-            if grad_q is not None:
-                tl.store(grad_q + row * size + channel, grad_drive, mask=inside)
-            if grad_dt is not None:
-                of_step = tl.sum(tl.where(inside, lam * eps * velocity, 0.0), 0)
-                tl.store(grad_dt + (block * batch + b) * steps + t, of_step)
-            sum_synapse += grad_synapse
-            sum_synapse_x += grad_synapse * x
-            sum_f_n += grad_f * n
-            sum_z_n += grad_z * n
-            sum_f_z += grad_f + grad_z
-            sum_potential += grad_velocity * update
-            sum_drive_x += grad_drive * x
-            sum_drive += grad_drive
-            if SYMMETRIC:
-                sum_shift += grad_eps * shift_slope
-    if REDUCE:
-        tl.store(incoming + chunk_entry, carry, mask=inside)
-        tl.store(products + chunk_entry, product, mask=inside)
-    else:
-        tl.store(grad_initial + b * size + channel, carry, mask=channel < tl.where(index == 0, size, 0))
-        out = grad_weights + (b * chunks + index) * (9 if SYMMETRIC else 8) * size + channel
-        tl.store(out, sum_synapse_x - w[1] * sum_synapse, mask=inside)
-        tl.store(out + size, -w[0] * sum_synapse, mask=inside)
-        tl.store(out + 2 * size, sum_f_n, mask=inside)
-        tl.store(out + 3 * size, sum_z_n, mask=inside)
-        tl.store(out + 4 * size, sum_f_z, mask=inside)
-        tl.store(out + 5 * size, sum_potential, mask=inside)
-        tl.store(out + 6 * size, sum_drive_x, mask=inside)
-        tl.store(out + 7 * size, sum_drive, mask=inside)
-        if SYMMETRIC:
-            tl.store(out + 8 * size, sum_shift, mask=inside)
-
-
-# --- The linear scan ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _starts_kernel(
-    products, ends, initial, starts, unsolved, size, chunks, blocks,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The state before every chunk, (B, chunks, D), from the chunks' products and their ends from a start of zero.
-
-    `unsolved` (B, blocks) is set where a product has overflowed, which the state need not have done.
-    """
-    b, _, block, channel = _program(1, blocks, BLOCK)
-    carry = tl.zeros([BLOCK], DTYPE)
-    if initial is not None:
-        carry = tl.load(initial + b * size + channel, mask=channel < size, other=0.0)
-    zeroth = (b * chunks + (chunks - 1 if REVERSE else 0)) * size + channel
-    tl.store(starts + zeroth, carry, mask=channel < size)
-    row = tl.arange(0, TILE).to(tl.int64)[:, None]
-    overflow = tl.zeros([TILE, BLOCK], tl.int32)
-    for tile in range(0, chunks, TILE):
-        order = tile + row
-        inside = (order < chunks) & (channel < size)[None, :]
-        index = chunks - 1 - order if REVERSE else order
-        at = (b * chunks + index) * size + channel[None, :]
-        product = tl.load(products + at, mask=inside, other=1.0)
-        factor, state = tl.associative_scan((product, tl.load(ends + at, mask=inside, other=0.0)), 0, _compose)
-        state += _carried(factor, carry[None, :])
-        overflow = tl.maximum(overflow, tl.where(_finite(factor), 0, 1))
-        following = at - size if REVERSE else at + size
-        tl.store(starts + following, state, mask=inside & (order < chunks - 1))
-        carry = tl.sum(tl.where(row == TILE - 1, state, 0.0), 0)
-    if unsolved is not None:
-        tl.store(unsolved + b * blocks + block, tl.max(tl.max(overflow, 1), 0))
+        for i in tl.static_range(STATES):
+            held_at = ((b * steps + source - 1) * STATES + i) * size + channel
+            held = tl.load(states + held_at, mask=from_states, other=0.0)
+            held += tl.load(initial + (b * STATES + i) * size + channel, mask=from_initial, other=0.0)
+            t = first
+            while t < last:
+                tl.store(states + ((b * steps + t) * STATES + i) * size + channel, held, mask=inside)
+                t += 1
+                same = tl.load(last_change + b * steps + t, mask=t < last, other=-1) == source
+                t = tl.where(same, t, last)
 
 
 @triton.jit
@@ -536,6 +193,496 @@ def _linear_kernel(
         tl.store(ends + entry, carry, mask=channel < size)
 
 
+# --- A cell's kernels -----------------------------------------------------------------------------------------------
+# In the templates a state of a neuron, an input or a weight has the name that it has in the program, and `$` names are
+# put in for the program: lists of names, or of lines. States are (B, T, n, D), Jacobians of chunks
+# (B, chunks, n, n, D).
+
+_SPELLING = Spelling(ARITHMETIC | {"exp": "tl.exp({})", "sin": "tl.sin({})", "cos": "tl.cos({})"})
+
+_SCAN_TEMPLATE = '''
+@triton.jit
+def compose($first_blocks, $first_addends, $second_blocks, $second_addends):
+    """h -> block h + addend, the second after the first."""
+    return $composed_blocks, $composed_addends
+
+
+@triton.jit
+def find_starts(
+    products, ends, initial, starts, unsolved, size, chunks, blocks,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """The state before every chunk, (B, chunks, n, D), from the chunks' products and their ends from a start of zero.
+
+    `unsolved` (B, blocks) is set where a product has overflowed, which the state need not have done.
+    """
+    b, _, block, channel = _program(1, blocks, BLOCK)
+    inside = channel < size
+    $zero_carries
+    if initial is not None:
+        $carries_from_initial
+    entry = b * chunks + (chunks - 1 if REVERSE else 0)
+    $store_zeroth_start
+    row = tl.arange(0, TILE).to(tl.int64)[:, None]
+    channel = channel[None, :]
+    overflow = tl.zeros([TILE, BLOCK], tl.int32)
+    for tile in range(0, chunks, TILE):
+        order = tile + row
+        inside = (order < chunks) & (channel < size)
+        entry = b * chunks + (chunks - 1 - order if REVERSE else order)
+        $load_products
+        $load_ends
+        $factors, $corrections = tl.associative_scan(($products, $ends), 0, compose)
+        $add_carries
+        $note_overflow
+        entry = entry - 1 if REVERSE else entry + 1
+        inside = inside & (order < chunks - 1)
+        $store_starts
+        $keep_corrections
+    if unsolved is not None:
+        tl.store(unsolved + b * blocks + block, tl.max(tl.max(overflow, 1), 0))
+'''
+
+_CELL_TEMPLATE = '''
+@triton.jit
+def load_step($in_pointers, dt, reset, $rows, row, channel, inside, rows_inside, DTYPE: tl.constexpr):
+    """Inputs, time step and reset flag of one step (`row` a number) or many (`row` a column).
+
+    `row0`, ... are the rows' offsets in the inputs. What a step of no time would have read does not matter.
+    """
+    $load_inputs
+    time_step = tl.full([], 1.0, DTYPE)
+    $load_time_step
+    fresh = tl.full([], 0, tl.int1)
+    if reset is not None:
+        fresh = tl.load(reset + row, mask=rows_inside, other=0) != 0
+    return $inputs, time_step, fresh
+
+
+@triton.jit
+def linearise($states, $inputs, time_step, fresh$weights):
+    """F(x_{t-1}) and dF/dx_{t-1}, row by row."""
+    $forget_at_reset
+    $linearise
+    return $following, $jacobian_or_zero
+
+
+@triton.jit
+def sweep(
+    $in_pointers, dt, reset, weights, starts, trajectory, products, log,
+    $in_strides, steps, size, chunk, chunks, blocks, batch, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian.
+
+    starts (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
+    """
+    b, index, block, channel = _program(chunks, blocks, BLOCK)
+    inside = channel < size
+    $load_weights
+    first = index * chunk
+    last = tl.minimum(first + chunk, steps)
+    if log is not None:
+        unsolved = tl.load(log + (2 * batch + b) * blocks + block) != 0
+        last = tl.where(unsolved, last, first)
+    entry = b * chunks + index
+    $load_starts
+    $identity
+    for t in tl.range(first, last, num_stages=_STAGES):
+        $inputs, time_step, fresh = load_step(
+            $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, True, DTYPE
+        )
+        $states, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
+        if products is not None:
+            $products = $jacobian_times_products
+        $store_states
+    if products is not None:
+        ran = channel < tl.where(last > first, size, 0)
+        $store_products
+
+
+@triton.jit
+def stitch(
+    $in_pointers, dt, reset, weights, starts, trajectory, products, log,
+    $in_strides, steps, size, chunk, chunks, blocks, batch, tolerance,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """Checks the step into every chunk, and corrects the starts by Newton's method on the boundaries."""
+    b, _, block, channel = _program(1, blocks, BLOCK)
+    inside = channel < size
+    $load_weights
+    log_entry = log + b * blocks + block
+    plane = batch * blocks
+    if tl.load(log_entry + 2 * plane) != 0:
+        worst = tl.zeros([TILE, BLOCK], DTYPE)
+        $zero_carries
+        row = tl.arange(0, TILE).to(tl.int64)[:, None]
+        channel = channel[None, :]
+        for tile in range(1, chunks, TILE):
+            index = tile + row
+            inside = (index < chunks) & (channel < size)
+            t = index * chunk
+            entry = b * chunks + index
+            $load_boundaries
+            $inputs, time_step, fresh = load_step(
+                $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, index < chunks, DTYPE
+            )
+            $targets, $jacobian = linearise($ends, $inputs, time_step, fresh$weights)
+            $worst_of_boundaries
+            $products = $finite_products
+            $mismatches = $finite_mismatches
+            $factors, $corrections = tl.associative_scan(($products, $mismatches), 0, compose)
+            $add_carries
+            # The end, not the start, plus what is left: exact as soon as the chunk before has been exact.
+            $store_corrected
+            $keep_corrections
+            $finite_carries
+        residual = tl.max(tl.max(worst, 1), 0)
+        tl.store(log_entry, tl.load(log_entry) + 1.0)
+        tl.store(log_entry + plane, residual.to(tl.float32))
+        tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
+
+
+@triton.jit
+def newton(
+    $in_pointers, dt, reset, weights, initial, both, log,
+    $in_strides, steps, size, blocks, batch, tolerance, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """All of Newton's iterations for a block of channels; `both` (2, B, T, n, D), of which the first half is zero at
+    first and the solution at last."""
+    b, _, block, channel = _program(1, blocks, BLOCK)
+    inside = channel < size
+    $load_weights
+    $load_initial
+    row = tl.arange(0, TILE).to(tl.int64)[:, None]
+    channel = channel[None, :]
+    half = tl.full([], $count, tl.int64) * batch * steps * size
+    iterations = 0
+    residual = tl.full([], float("inf"), DTYPE)
+    going = residual > tolerance
+    while going:
+        # Even iterations read the first half and write the second, odd ones the other way.
+        trajectory = both + iterations % 2 * half
+        improved = both + (iterations + 1) % 2 * half
+        worst = tl.zeros([TILE, BLOCK], DTYPE)
+        $zero_carries
+        for first in range(0, steps, TILE):
+            t = first + row
+            inside = (t < steps) & (channel < size)
+            $load_guesses
+            $inputs, time_step, fresh = load_step(
+                $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, t < steps, DTYPE
+            )
+            $targets, $jacobian = linearise($ends, $inputs, time_step, fresh$weights)
+            $worst_of_boundaries
+            $factors, $corrections = tl.associative_scan(($jacobian, $shortfalls), 0, compose)
+            $add_carries
+            $store_improved
+            $keep_corrections
+        residual = tl.max(tl.max(worst, 1), 0)
+        going = (residual > tolerance) & (residual < float("inf")) & (iterations < _MAX_NEWTON_ITERATIONS)
+        iterations += going.to(tl.int32)
+        # The next iteration's threads read what others have written in this one.
+        tl.debug_barrier()
+    if iterations % 2 == 1:
+        trajectory = both + half
+        for first in range(0, steps, TILE):
+            t = first + row
+            inside = (t < steps) & (channel < size)
+            $copy_to_first_half
+    log_entry = log + b * blocks + block
+    plane = batch * blocks
+    tl.store(log_entry, iterations.to(tl.float32))
+    tl.store(log_entry + plane, residual.to(tl.float32))
+    tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
+
+
+@triton.jit
+def adjoint(
+    $in_pointers, dt, reset, weights, initial, trajectory, grad_trajectory, incoming, products,
+    $grad_pointers, grad_dt, grad_initial, grad_weights,
+    $in_strides, g_b, g_t, g_n, steps, size, chunk, chunks, blocks, batch,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
+):
+    """lam_t = g_t + J_{t+1}^T lam_{t+1} through every chunk from its last step to its first.
+
+    REDUCE: from J^T lam = 0 after every chunk, leaving in `incoming` (B, chunks, n, D) what it passes on to the chunk
+    before it, and in `products` its transposed Jacobian. Otherwise from `incoming`, writing the gradients: those of the
+    inputs (B, T, D), grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
+    """
+    b, index, block, channel = _program(chunks, blocks, BLOCK)
+    inside = channel < size
+    $load_weights
+    first = index * chunk
+    last = tl.minimum(first + chunk, steps)
+    $load_initial
+    entry = b * chunks + index
+    $zero_carries
+    $identity
+    if not REDUCE:
+        $load_incoming
+    $zero_sums
+    for back in tl.range(0, last - first, num_stages=_STAGES):
+        t = last - 1 - back
+        row = b * steps + t
+        $inputs, time_step, fresh = load_step($in_pointers, dt, reset, $rows_at_t, row, channel, inside, True, DTYPE)
+        $load_before
+        $load_adjoints
+        if REDUCE:
+            $targets, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
+            $carries = $transposed_times_adjoints
+            $products = $transposed_times_products
+        else:
+            $adjoint
+            $carries = $gradients_of_states
+            $store_gradients
+            $add_sums
+    if REDUCE:
+        $store_incoming
+        ran = inside
+        $store_products
+    else:
+        is_first = channel < tl.where(index == 0, size, 0)
+        $store_grad_initial
+        grad_weights += entry * $weight_count * size + channel
+        $store_sums
+'''
+
+
+def _state_parts(n: int) -> dict[str, str | list[str]]:
+    """What the templates need for n states a neuron."""
+    pairs = [(i, k) for i in range(n) for k in range(n)]
+
+    def each(form: str) -> list[str]:
+        return [form.format(i=i) for i in range(n)]
+
+    def each_pair(form: str) -> list[str]:
+        return [form.format(i=i, k=k, unit=float(i == k)) for i, k in pairs]
+
+    def sums(*terms: str) -> list[str]:
+        """For every state, or row and column, the sum over the states j."""
+        indices = pairs if any("{k}" in term for term in terms) else [(i, 0) for i in range(n)]
+        return [" + ".join(t.format(i=i, k=k, j=j) for t in terms for j in range(n)) for i, k in indices]
+
+    def at(row: str) -> str:
+        """The offset of a state's row."""
+        return f"(({row}) * {n} + {{i}}) * size + channel"
+
+    def block_at(row: str) -> str:
+        return f"((({row}) * {n} + {{i}}) * {n} + {{k}}) * size + channel"
+
+    def last_row_of(name: str, mask: str) -> str:
+        return f"tl.sum(tl.where({mask}, {name}, 0.0), 0)"
+
+    trajectory = "trajectory + " + at("b * steps + t")
+    return {
+        "count": str(n),
+        "states": each("state{i}"),
+        "ends": each("end{i}"),
+        "targets": each("target{i}"),
+        "carries": each("carry{i}"),
+        "mismatches": each("mismatch{i}"),
+        "corrections": each("correction{i}"),
+        "jacobian": each_pair("jacobian{i}_{k}"),
+        "products": each_pair("product{i}_{k}"),
+        "factors": each_pair("factor{i}_{k}"),
+        # Affine maps and their composition.
+        "first_blocks": each_pair("first{i}_{k}"),
+        "first_addends": each("first{i}"),
+        "second_blocks": each_pair("second{i}_{k}"),
+        "second_addends": each("second{i}"),
+        "composed_blocks": sums("second{i}_{j} * first{j}_{k}"),
+        "composed_addends": [f"{x} + second{i}" for i, x in enumerate(sums("_carried(second{i}_{j}, first{j})"))],
+        "identity": each_pair("product{i}_{k} = tl.full([BLOCK], {unit}, DTYPE)"),
+        "jacobian_times_products": sums("jacobian{i}_{j} * product{j}_{k}"),
+        "transposed_times_products": sums("jacobian{j}_{i} * product{j}_{k}"),
+        "transposed_times_adjoints": sums("jacobian{j}_{i} * adjoint{j}"),
+        "zero_carries": each("carry{i} = tl.zeros([BLOCK], DTYPE)"),
+        "add_carries": [
+            f"correction{i} += {x}" for i, x in enumerate(sums("_carried(factor{i}_{j}, carry{j}[None, :])"))
+        ],
+        "keep_corrections": each("carry{i} = " + last_row_of("correction{i}", "row == TILE - 1")),
+        # Residuals at boundaries, or at all steps.
+        "worst_of_boundaries": each(
+            "worst = tl.maximum(worst, tl.where(inside, _residual(state{i}, end{i}, target{i}), 0.0))"
+        ),
+        # sweep
+        "load_starts": each(_load("state{i}", "starts + " + at("entry"))),
+        "store_states": each(_store(trajectory, "state{i}")),
+        "store_products": each_pair(_store("products + " + block_at("entry"), "product{i}_{k}", "ran")),
+        # stitch
+        "load_boundaries": [
+            *each(_load("state{i}", trajectory)),
+            *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"))),
+            *each(_load("start{i}", "starts + " + at("entry"))),
+            *each_pair(_load("product{i}_{k}", "products + " + block_at("entry - 1"))),
+        ],
+        "finite_products": each_pair("tl.where(_finite(product{i}_{k}), product{i}_{k}, 0.0)"),
+        "finite_mismatches": each("tl.where(inside & _finite(end{i}), end{i} - start{i}, 0.0)"),
+        "store_corrected": [
+            *each("corrected{i} = end{i} + (correction{i} - mismatch{i})"),
+            *each(_store("starts + " + at("entry"), "tl.where(_finite(corrected{i}), corrected{i}, 0.0)")),
+        ],
+        "finite_carries": each("carry{i} = tl.where(_finite(carry{i}), carry{i}, 0.0)"),
+        # newton
+        "load_initial": each(_load("initial{i}", "initial + " + at("b"))),
+        "load_guesses": [
+            *each(_load("state{i}", trajectory)),
+            *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"), "inside & (t > 0)")),
+            *each("end{i} = tl.where(t == 0, initial{i}[None, :], end{i})"),
+        ],
+        "shortfalls": each("target{i} - state{i}"),
+        "store_improved": each(_store("improved + " + at("b * steps + t"), "state{i} + correction{i}")),
+        "copy_to_first_half": [
+            *each(_load("state{i}", trajectory)),
+            *each(_store("both + " + at("b * steps + t"), "state{i}")),
+        ],
+        # adjoint
+        "load_incoming": each(_load("carry{i}", "incoming + " + at("entry"))),
+        "load_before": [
+            *each(_load("state{i}", "trajectory + " + at("row - 1"), "channel < tl.where(t > 0, size, 0)")),
+            *each("state{i} = tl.where(fresh, 0.0, tl.where(t == 0, initial{i}, state{i}))"),
+        ],
+        "load_adjoints": [
+            *each(_load("adjoint{i}", "grad_trajectory + b * g_b + t * g_t + {i} * g_n + channel")),
+            *each("adjoint{i} += carry{i}"),
+        ],
+        "store_incoming": each(_store("incoming + " + at("entry"), "carry{i}")),
+        "store_grad_initial": each(_store("grad_initial + " + at("b"), "carry{i}", "is_first")),
+        # find_starts
+        "carries_from_initial": each(_load("carry{i}", "initial + " + at("b"))),
+        "store_zeroth_start": each(_store("starts + " + at("entry"), "carry{i}")),
+        "load_products": each_pair(
+            "product{i}_{k} = tl.load(products + " + block_at("entry") + ", mask=inside, other={unit})"
+        ),
+        "load_ends": each(_load("end{i}", "ends + " + at("entry"))),
+        "note_overflow": each_pair("overflow = tl.maximum(overflow, tl.where(_finite(factor{i}_{k}), 0, 1))"),
+        "store_starts": each(_store("starts + " + at("entry"), "correction{i}")),
+    }
+
+
+def _cell_parts(program: Program) -> dict[str, str | list[str]]:
+    """What the templates need of a program."""
+    states, inputs, weights = (
+        [f"{kind}{i}" for i in range(count)]
+        for kind, count in (("state", program.states), ("input", program.inputs), ("weight", program.weights))
+    )
+    following, jacobian = _spelled_results(program)
+    gradients = dict(zip(operands(program), map(_SPELLING.argument, program.adjoint.results), strict=True))
+    grad_inputs = [_store(f"grad_{name} + row * size + channel", gradients[name]) for name in inputs]
+    load_time_step = []
+    if program.has_time_step:
+        following = [f"tl.where(time_step == 0, {name}, {value})" for name, value in zip(states, following)]
+        at_no_time = "{0} = tl.where(_finite({0}), {0}, tl.where(time_step == 0, 0.0, {0}))"
+        load_time_step = [_load("time_step", "dt + row", "rows_inside", "1.0"), *map(at_no_time.format, inputs)]
+        grad_inputs += [
+            f"of_step = tl.sum(tl.where(inside, {gradients['time_step']}, 0.0), 0)",
+            "tl.store(grad_dt + (block * batch + b) * steps + t, of_step)",
+        ]
+    return {
+        "inputs": inputs,
+        "weights": "".join(f", {name}" for name in weights),
+        "in_pointers": [f"{name}_pointer" for name in inputs],
+        "in_strides": [f"{name}_{axis}" for name in inputs for axis in "bt"],
+        "rows": [f"{name}_row" for name in inputs],
+        "rows_at_t": [f"b * {name}_b + t * {name}_t" for name in inputs],
+        "grad_pointers": [f"grad_{name}" for name in inputs],
+        "weight_count": str(program.weights),
+        "load_inputs": [_load(name, f"{name}_pointer + {name}_row + channel") + ".to(DTYPE)" for name in inputs],
+        "load_time_step": load_time_step,
+        "load_weights": [_load(name, f"weights + {k} * size + channel") for k, name in enumerate(weights)],
+        "forget_at_reset": [f"{name} = tl.where(fresh, 0.0, {name})" for name in states],
+        "linearise": _lines(program.linearise),
+        "following": following,
+        "jacobian_or_zero": [f"tl.where(fresh, 0.0, {value})" for value in jacobian],
+        "adjoint": _lines(program.adjoint),
+        "gradients_of_states": [f"tl.where(fresh, 0.0, {gradients[name]})" for name in states],
+        "store_gradients": grad_inputs,
+        "zero_sums": [f"sum{k} = tl.zeros([BLOCK], DTYPE)" for k in range(program.weights)],
+        "add_sums": [f"sum{k} += {gradients[name]}" for k, name in enumerate(weights)],
+        "store_sums": [_store(f"grad_weights + {k} * size", f"sum{k}") for k in range(program.weights)],
+    }
+
+
+def _load(target: str, source: str, mask: str = "inside", other: str = "0.0") -> str:
+    return f"{target} = tl.load({source}, mask={mask}, other={other})"
+
+
+def _store(target: str, value: str, mask: str = "inside") -> str:
+    return f"tl.store({target}, {value}, mask={mask})"
+
+
+def _spelled_results(program: Program) -> tuple[list[str], list[str]]:
+    """Next states and Jacobian of `linearise`, each of the shape of a state."""
+    full = {name for name in operands(program) if name.startswith(("state", "input"))}
+    for line in program.linearise.lines:
+        if full.intersection(line.arguments):
+            full.add(line.name)
+    spelled = []
+    for result in program.linearise.results:
+        if not isinstance(result, str):
+            spelled.append(f"tl.full(state0.shape, {result!r}, state0.dtype)")
+        else:
+            spelled.append(result if result in full else f"tl.broadcast_to({result}, state0.shape)")
+    return spelled[: program.states], spelled[program.states :]
+
+
+def _lines(code: Code) -> list[str]:
+    """The code in Triton, with sigmoids and tanhs two at a time: a line waits for a partner that does not need it."""
+    spelled, rest = [], list(code.lines)
+    while rest:
+        first, names, waiting = None, set(), []
+        for index, line in enumerate(rest):
+            if names.intersection(line.arguments):
+                waiting.append(line)
+                names.add(line.name)
+            elif line.operation not in ("sigmoid", "tanh"):
+                spelled.append(_SPELLING.line(line))
+            elif first is None:
+                first = line
+                names.add(line.name)
+            else:
+                spelled += _sigmoid_lines(first, line)
+                rest = waiting + rest[index + 1 :]
+                break
+        else:
+            spelled += [] if first is None else _sigmoid_lines(first, first)
+            rest = waiting
+    return spelled
+
+
+def _sigmoid_lines(*pair: Line) -> list[str]:
+    """tanh(z) is 2 sigmoid(2 z) - 1."""
+    arguments = [line.arguments[0] if line.operation == "sigmoid" else f"2.0 * {line.arguments[0]}" for line in pair]
+    names = [pair[0].name, pair[1].name if pair[1] is not pair[0] else "_"]
+    tanhs = [f"{line.name} = 2.0 * {line.name} - 1.0" for line in dict.fromkeys(pair) if line.operation == "tanh"]
+    return [f"{', '.join(names)} = _sigmoids({', '.join(arguments)})", *tanhs]
+
+
+@functools.cache
+def _scan_kernels(states: int) -> SimpleNamespace:
+    """`compose` and `find_starts` for so many states a neuron."""
+    return _defined(f"scan{states}", fill(_SCAN_TEMPLATE, **_state_parts(states)))
+
+
+@functools.cache
+def _cell_kernels(key: str) -> SimpleNamespace:
+    """A program's kernels, by the names that they have in the template."""
+    program = PROGRAMS[key]
+    text = fill(_CELL_TEMPLATE, **_state_parts(program.states), **_cell_parts(program))
+    return _defined(key, text, compose=_scan_kernels(program.states).compose)
+
+
+def _defined(name: str, text: str, **names) -> SimpleNamespace:
+    """What the text defines, in this module and with more names."""
+    source = f"<{__name__}.{name}>"
+    # Where Triton looks for what it compiles.
+    linecache.cache[source] = (len(text), None, text.splitlines(keepends=True), source)
+    known = globals() | names
+    namespace = dict(known)
+    exec(compile(text, source, "exec"), namespace)
+    return SimpleNamespace(**{name: value for name, value in namespace.items() if name not in known})
+
+
 # --- Tensors in, tensors out ----------------------------------------------------------------------------------------
 
 
@@ -568,14 +715,12 @@ def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
-def _operands(forget_input, update_input, elastance_input, time_step, reset, weights) -> tuple[tuple, tuple]:
-    """The pointers and strides that the recurrence's kernels begin with."""
-    c, *c_strides = _rows(forget_input)
-    d, *d_strides = _rows(update_input)
-    q, *q_strides = _rows(elastance_input)
+def _operands(inputs, time_step, reset, weights) -> tuple[tuple, tuple]:
+    """The pointers and strides that a cell's kernels begin with."""
+    rows, *strides = zip(*map(_rows, inputs))
     dt = None if time_step is None else time_step.to(weights.dtype).contiguous()
     fresh = None if reset is None else reset.contiguous().view(torch.uint8)
-    return (c, d, q, dt, fresh, weights.contiguous()), (*c_strides, *d_strides, *q_strides)
+    return (*rows, dt, fresh, weights.contiguous()), [stride for pair in zip(*strides) for stride in pair]
 
 
 def _options(tensor: Tensor, size: int, **options) -> dict:
@@ -590,30 +735,36 @@ def serves_triton(operator: str, tensor: Tensor) -> bool:
     return on_gpu and tensor.dtype in (torch.float32, torch.float64)
 
 
-def lrc_scan_triton(
-    forget_input, update_input, elastance_input, time_step, reset, initial_state, weights, solver, tolerance
+def _channels(tensor: Tensor, program: Program, size: int) -> int:
+    """Channels of a program of a launch: fewer where a neuron has more states to keep in registers."""
+    return max(16, _options(tensor, size)["BLOCK"] // program.states)
+
+
+def cell_scan_triton(
+    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance
 ) -> tuple[Tensor, Tensor]:
-    """The states (B, T, D) and the operator's numbers; arguments as in `recurrence._lrc_scan_op`."""
-    batch, steps, size = forget_input.shape
-    states = weights.new_empty(batch, steps, size)
+    """The states (B, T, n, D) and the operator's numbers; arguments as in `recurrence._cell_scan_op`."""
+    batch, steps, size = inputs[0].shape
+    states = weights.new_empty(batch, steps, program.states, size)
     if states.numel() == 0:
         return states, weights.new_zeros(4, dtype=torch.float32)
     chunk = _chunk_length(batch, steps, size, weights.device, fewest=2 if solver == "chunked" else 4)
     if solver == "auto":
         solver = "sequential" if chunk == steps else "chunked"
-    operands, strides = _operands(forget_input, update_input, elastance_input, time_step, reset, weights)
+    pointers, strides = _operands(inputs, time_step, reset, weights)
     initial = initial_state.contiguous()
-    options = _options(weights, size, SYMMETRIC=weights.shape[0] == len(LrcParameters._fields))
+    options = _options(weights, size, BLOCK=_channels(weights, program, size))
     if solver == "newton":
         options["BLOCK"] = max(16, options["BLOCK"] // 2)
     blocks = triton.cdiv(size, options["BLOCK"])
     log = weights.new_zeros(4, batch, blocks, dtype=torch.float32)
     log[3] = SOLVERS.index(solver)
+    kernels = _cell_kernels(program.key)
 
     def sweep(starts, products, chunk, log):
         chunks = triton.cdiv(steps, chunk)
-        _sweep_kernel[(batch * chunks * blocks,)](
-            *operands, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
+        kernels.sweep[(batch * chunks * blocks,)](
+            *pointers, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
             **options, num_warps=1,
         )  # fmt: skip
 
@@ -624,87 +775,79 @@ def lrc_scan_triton(
             return states, log.amax((1, 2))
         log[2] = 1
         if solver == "newton":
-            both = weights.new_zeros(2, batch, steps, size)
-            _newton_kernel[(batch * blocks,)](
-                *operands, initial, both, log, *strides, steps, size, blocks, batch, tolerance,
+            both = weights.new_zeros(2, *states.shape)
+            kernels.newton[(batch * blocks,)](
+                *pointers, initial, both, log, *strides, steps, size, blocks, batch, tolerance,
                 **options, TILE=_NEWTON_TILE, num_warps=4,
             )  # fmt: skip
             states = both[0].clone()
             chunk = 1
         else:
             chunks = triton.cdiv(steps, chunk)
-            starts = weights.new_zeros(batch, chunks, size)
+            starts = weights.new_zeros(batch, chunks, program.states, size)
             starts[:, 0] = initial
-            products = torch.empty_like(starts)
+            products = weights.new_empty(batch, chunks, program.states, program.states, size)
             for _ in range(min(_MAX_SWEEPS, chunks)):
                 sweep(starts, products, chunk, log)
-                _stitch_kernel[(batch * blocks,)](
-                    *operands, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
+                kernels.stitch[(batch * blocks,)](
+                    *pointers, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
                     tolerance, **options, TILE=_CHUNKS_TILE, num_warps=8,
                 )  # fmt: skip
         if time_step is not None:
             chunks = triton.cdiv(steps, chunk)
             _hold_kernel[(batch * chunks * blocks,)](
                 states, initial, last_changes(time_step, reset), steps, size, chunk, chunks, blocks,
-                BLOCK=options["BLOCK"], num_warps=1, enable_fp_fusion=True,
+                STATES=program.states, BLOCK=options["BLOCK"], num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         sweep(initial, None, steps, log)
     return states, log.amax((1, 2))
 
 
-def lrc_scan_backward_triton(
-    grad_states, states, forget_input, update_input, elastance_input, time_step, reset, initial_state, weights
-) -> tuple[Tensor, ...]:
-    """The gradients; arguments and results as in `recurrence._lrc_scan_backward_op`."""
-    batch, steps, size = forget_input.shape
-    operands, strides = _operands(forget_input, update_input, elastance_input, time_step, reset, weights)
-    grad_states, *g_strides = _rows(grad_states)
+def cell_scan_backward_triton(
+    grad_states, states, program: Program, inputs, time_step, reset, initial_state, weights
+) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
+    """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
+    batch, steps, size = inputs[0].shape
+    pointers, strides = _operands(inputs, time_step, reset, weights)
+    grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
     initial = initial_state.contiguous()
-    options = _options(weights, size, SYMMETRIC=weights.shape[0] == len(LrcParameters._fields), num_warps=1)
+    options = _options(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(max(1, batch), steps, max(1, size), weights.device, fewest=2)
     chunks = triton.cdiv(steps, chunk)
+    kernels = _cell_kernels(program.key)
 
-    grad_forget = torch.empty_like(forget_input, memory_format=torch.contiguous_format)
-    grad_update = torch.empty_like(update_input, memory_format=torch.contiguous_format)
-    grad_elastance = grad_time = None
-    if elastance_input is not None:
-        grad_elastance = torch.empty_like(elastance_input, memory_format=torch.contiguous_format)
-    if time_step is not None:
-        grad_time = weights.new_empty(blocks, batch, steps)
+    grad_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    grad_time = None if time_step is None else weights.new_empty(blocks, batch, steps)
     grad_initial = torch.empty_like(initial)
     grad_weights = weights.new_empty(batch, chunks, *weights.shape)
-    incoming = weights.new_zeros(batch, chunks, size)
+    incoming = weights.new_zeros(batch, chunks, program.states, size)
 
     def adjoint(incoming, products, reduce):
-        _adjoint_kernel[(batch * chunks * blocks,)](
-            *operands, initial, states, grad_states, incoming, products,
-            grad_forget, grad_update, grad_elastance, grad_time, grad_initial, grad_weights,
-            *strides, *g_strides, steps, size, chunk, chunks, blocks, batch, **options, REDUCE=reduce,
+        kernels.adjoint[(batch * chunks * blocks,)](
+            *pointers, initial, states, grad_states, incoming, products,
+            *grad_inputs, grad_time, grad_initial, grad_weights,
+            *strides, *grad_states.stride()[:3], steps, size, chunk, chunks, blocks, batch, **options, REDUCE=reduce,
         )  # fmt: skip
 
     if batch * size > 0:
         with _on(weights.device):
             if chunks > 1:
-                products, ends = torch.empty_like(incoming), torch.empty_like(incoming)
+                products = weights.new_empty(batch, chunks, program.states, program.states, size)
+                ends = torch.empty_like(incoming)
                 adjoint(ends, products, True)
-                _starts(products, ends, None, incoming, None, reverse=True)
+                _find_starts(products, ends, None, incoming, None, reverse=True)
             adjoint(incoming, None, False)
-    return (
-        grad_forget,
-        grad_update,
-        weights.new_empty(0) if grad_elastance is None else grad_elastance,
-        weights.new_empty(0) if grad_time is None else grad_time.sum(0).to(time_step.dtype),
-        grad_initial,
-        grad_weights.sum((0, 1)),
-    )
+    return grad_inputs, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 
 
-def _starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
-    batch, chunks, size = starts.shape
+def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
+    batch, chunks, states, size = starts.shape
     options = _options(starts, size, REVERSE=reverse, TILE=_CHUNKS_TILE, num_warps=4)
+    options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
-    _starts_kernel[(batch * blocks,)](products, ends, initial, starts, unsolved, size, chunks, blocks, **options)
+    find_starts = _scan_kernels(states).find_starts
+    find_starts[(batch * blocks,)](products, ends, initial, starts, unsolved, size, chunks, blocks, **options)
 
 
 def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
@@ -730,14 +873,14 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
         if chunk == steps:
             scan(initial, None, None, None, steps)
         else:
-            products, ends, starts = states.new_empty(3, batch, triton.cdiv(steps, chunk), size)
+            products, ends, starts = states.new_empty(3, batch, triton.cdiv(steps, chunk), 1, size)
             unsolved = states.new_empty(batch, blocks, dtype=torch.int32)
             scan(None, products, ends, None, chunk)
             # Chunks are numbered in the order of the scan, whichever way that goes through time.
-            _starts(products, ends, initial, starts, unsolved, reverse=False)
+            _find_starts(products.unsqueeze(3), ends, initial, starts, unsolved, reverse=False)
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)
     return states
 
 
-KERNELS = Kernels(lrc_scan_triton, lrc_scan_backward_triton, prefix_scan_triton, serves_triton)
+KERNELS = Kernels(cell_scan_triton, cell_scan_backward_triton, prefix_scan_triton, serves_triton)

@@ -1,7 +1,7 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """Compiles the Triton kernels for GPUs that need not be there, and shows the registers they take.
 
-    python scripts/compile_kernels.py
+    python scripts/compile_kernels.py [target ...]
 
 calls the operators as a model would, with a driver in the place of Triton's own that names a GPU but has none: whatever
 would have been launched is compiled instead. Exits with 1 if a compiler had to spill registers to memory.
@@ -9,6 +9,7 @@ would have been launched is compiled instead. Exits with 1 if a compiler had to 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -24,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lrcssm_hf import recurrence_triton
+from lrcssm_hf import cells, recurrence_triton
+from lrcssm_hf.cell_compiler import PROGRAMS
 
 
 TARGETS = {
@@ -35,28 +37,36 @@ TARGETS = {
 }
 # ptxas gives away one or two values of a thread, with registers to spare, to fit one more block on a processor.
 TOLERATED_BYTES = 16
-# Dtype of the inputs, dtype of the states, and whether with everything that is optional.
+# The cell, dtype of the inputs, dtype of the states, and whether with everything that is optional.
 VARIANTS = [
-    (torch.bfloat16, torch.float32, False),
-    (torch.float32, torch.float32, True),
-    (torch.float64, torch.float64, True),
+    (cells.LRC, torch.bfloat16, torch.float32, False),
+    (cells.LRC, torch.float32, torch.float32, True),
+    (cells.LRC_SYMMETRIC, torch.float64, torch.float64, True),
+    (cells.GRU, torch.bfloat16, torch.float32, False),
+    (cells.MGU, torch.bfloat16, torch.float32, False),
+    (cells.LSTM, torch.bfloat16, torch.float32, True),
+    (cells.OSCILLATING_LRC, torch.bfloat16, torch.float32, True),
 ]
 
 
-def call_operators(inputs_dtype: torch.dtype, dtype: torch.dtype, full: bool) -> None:
+def call_operators(cell: cells.Cell, inputs_dtype: torch.dtype, dtype: torch.dtype, full: bool) -> None:
     """Every kernel once; the tensors are never read."""
     batch, steps, size = 2, 512, 128
-    inputs, states = torch.empty(batch, steps, size, dtype=inputs_dtype), torch.empty(batch, steps, size, dtype=dtype)
-    initial, weights = torch.empty(batch, size, dtype=dtype), torch.empty(9 if full else 8, size, dtype=dtype)
-    elastance_input = inputs if full else None
+    names = [name for name in cell.inputs if full or name not in cell.defaults]
+    program = PROGRAMS[cell.key(names, full)]
+    inputs = [torch.empty(batch, steps, size, dtype=inputs_dtype) for _ in names]
+    states = torch.empty(batch, steps, program.states, size, dtype=dtype)
+    initial = torch.empty(batch, program.states, size, dtype=dtype)
+    weights = torch.empty(program.weights, size, dtype=dtype)
     time_step = torch.ones(batch, steps) if full else None
     reset = torch.zeros(batch, steps, dtype=torch.bool) if full else None
-    operands = (inputs, inputs, elastance_input, time_step, reset, initial, weights)
+    operands = (program, inputs, time_step, reset, initial, weights)
     for solver in ("sequential", "chunked", "newton"):
-        recurrence_triton.lrc_scan_triton(*operands, solver, 1e-6)
-    recurrence_triton.lrc_scan_backward_triton(states, states, *operands)
-    for reverse in (False, True):
-        recurrence_triton.prefix_scan_triton(inputs, inputs, initial, reverse)
+        recurrence_triton.cell_scan_triton(*operands, solver, 1e-6)
+    recurrence_triton.cell_scan_backward_triton(states, states, *operands)
+    if cell is cells.LRC or cell is cells.LRC_SYMMETRIC:
+        for reverse in (False, True):
+            recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)
 
 
 def compile_kernels(name: str) -> list[tuple[str, str, str, int, int]]:
@@ -86,15 +96,21 @@ def compile_kernels(name: str) -> list[tuple[str, str, str, int, int]]:
             rows[variant, compiled.hash] = (name, variant, kernel.__name__, *counts)
 
     with mock.patch.object(JITFunction, "run", compile_only):
-        for inputs_dtype, dtype, full in VARIANTS:
-            variant = f"{inputs_dtype}".removeprefix("torch.") + (", all options" if full else "")
-            call_operators(inputs_dtype, dtype, full)
+        for cell, inputs_dtype, dtype, full in VARIANTS:
+            variant = f"{cell.name}, {inputs_dtype}".replace("torch.", "") + (", all options" if full else "")
+            call_operators(cell, inputs_dtype, dtype, full)
     return list(rows.values())
 
 
 def main() -> None:
-    with ProcessPoolExecutor(min(len(TARGETS), os.cpu_count() or 1)) as pool:
-        rows = [row for rows in pool.map(compile_kernels, TARGETS) for row in rows]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; all by default")
+    targets = parser.parse_args().targets or list(TARGETS)
+    for target in targets:
+        if target not in TARGETS:
+            parser.error(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
+        rows = [row for rows in pool.map(compile_kernels, targets) for row in rows]
     print("| target | inputs | kernel | registers | bytes spilled |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |")

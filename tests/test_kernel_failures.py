@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,12 +115,14 @@ def fail_after_writing_garbage(kernels):
     def failing(kernel):
         def fail(*arguments):
             for result in kernel(*arguments):
-                result.fill_(float("nan"))
+                for tensor in result if isinstance(result, list) else [result]:
+                    if tensor is not None:
+                        tensor.fill_(float("nan"))
             raise SystemError("no machine code for this machine")
 
         return fail
 
-    operators = ("lrc_scan", "lrc_scan_backward", "prefix_scan")
+    operators = ("cell_scan", "cell_scan_backward", "prefix_scan")
     return kernels._replace(**{name: failing(getattr(kernels, name)) for name in operators})
 
 
@@ -131,8 +134,8 @@ def test_kernels_that_fail_give_way_to_pytorch(nothing_said, warnings):
 
 
 def test_kernels_that_fail_going_back_only(nothing_said, warnings):
-    broken = fail_after_writing_garbage(recurrence_cpu.KERNELS).lrc_scan_backward
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(lrc_scan_backward=broken)
+    broken = fail_after_writing_garbage(recurrence_cpu.KERNELS).cell_scan_backward
+    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(cell_scan_backward=broken)
     assert_right()
     assert len(warnings()) == 1
 
@@ -154,7 +157,7 @@ def allocate_too_much_by_torch(*arguments):
 
 @pytest.mark.parametrize("allocate", [allocate_too_much_by_numpy, allocate_too_much_by_torch])
 def test_memory_that_is_not_there_stays_an_error(allocate, nothing_said, warnings):
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(lrc_scan=allocate)
+    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(cell_scan=allocate)
     with pytest.raises((MemoryError, RuntimeError), match="allocate"):
         assert_right()
     recurrence._loaded["cpu"] = recurrence_cpu.KERNELS
@@ -180,8 +183,9 @@ def test_triton_that_cannot_compile_gives_way_to_pytorch(nothing_said, monkeypat
         def __getitem__(self, grid):
             raise FileNotFoundError("Failed to find C compiler")
 
-    for name in ("_sweep_kernel", "_adjoint_kernel", "_linear_kernel"):
-        monkeypatch.setattr(recurrence_triton, name, Uncompilable())
+    kernels = SimpleNamespace(sweep=Uncompilable(), adjoint=Uncompilable())
+    monkeypatch.setattr(recurrence_triton, "_cell_kernels", lambda key: kernels)
+    monkeypatch.setattr(recurrence_triton, "_linear_kernel", Uncompilable())
     with pytest.raises(RuntimeError, match="backend 'triton' has failed.*C compiler"):
         assert_right(backend="triton")
     assert_right()

@@ -44,7 +44,7 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
     for snippet in snippets:
         # Its name is older transformers' in them.
         exec(snippet.replace("outputs.cache", f"outputs.{CACHE}"), namespace)
-    assert "LrcScanInfo(solver='newton'" in capsys.readouterr().out
+    assert "ScanInfo(solver='newton'" in capsys.readouterr().out
 
 
 def test_the_first_example_writes_what_is_shown(monkeypatch, capsys):

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lrcssm_hf import LrcParameters, lrc_scan, lrc_step, prefix_scan, recurrence
+from lrcssm_hf.cells import LRC
 from problems import cast, definition, leaves, outputs_and_gradients, random_problem, relative_error
 
 
@@ -355,19 +356,17 @@ def test_operators_are_what_compilers_expect(backend, time_dtype):
     """Schemas, fake tensors and autograd registration, as `torch.compile` relies on them."""
     forget_input, update_input, parameters, options = cast(random_problem(2, 40, 5, full=True), torch.float32)
     weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
-    operands = (
-        forget_input,
-        update_input,
-        options["elastance_input"],
+    steps = (
         options["time_step"].detach().to(time_dtype).requires_grad_(),
         options["reset"],
-        torch.randn(5, 2).t().requires_grad_(),
+        torch.randn(5, 1, 2).permute(2, 1, 0).requires_grad_(),
         weights,
     )
-    torch.library.opcheck(recurrence._lrc_scan_op, (*operands, "auto", backend, 1e-6))
-    states = recurrence._lrc_scan_op(*operands, "auto", backend, 1e-6)[0].detach()
-    detached = [operand.detach() for operand in operands]
-    torch.library.opcheck(recurrence._lrc_scan_backward_op, (torch.ones_like(states), states, *detached, backend))
+    program, inputs = LRC.key(LRC.inputs, True), [forget_input, update_input, options["elastance_input"]]
+    torch.library.opcheck(recurrence._cell_scan_op, (program, inputs, *steps, "auto", backend, 1e-6))
+    states = recurrence._cell_scan_op(program, inputs, *steps, "auto", backend, 1e-6)[0].detach()
+    detached = (program, [x.detach() for x in inputs], *[x.detach() for x in steps])
+    torch.library.opcheck(recurrence._cell_scan_backward_op, (torch.ones_like(states), states, *detached, backend))
     scan_arguments = (torch.rand(2, 40, 5, requires_grad=True), forget_input, options["initial_state"], True)
     torch.library.opcheck(recurrence._prefix_scan_op, scan_arguments)
 
@@ -806,5 +805,5 @@ def test_lrc_scan_is_differentiated_once_or_not_at_all():
     forget_input, update_input, parameters, _ = random_problem(1, 5, 2)
     states, _ = lrc_scan(forget_input, update_input, parameters)
     (gradient,) = torch.autograd.grad(states.square().sum(), forget_input, create_graph=True)
-    with pytest.raises(RuntimeError, match="lrc_scan_backward"):
+    with pytest.raises(RuntimeError, match="cell_scan_backward"):
         torch.autograd.grad(gradient.sum(), forget_input)
