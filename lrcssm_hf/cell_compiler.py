@@ -43,12 +43,15 @@ class Spelling(NamedTuple):
     number: str = "{!r}"
 
     def argument(self, argument: str | float) -> str:
+        """A name as it is, or a number."""
         return argument if isinstance(argument, str) else self.number.format(argument)
 
     def line(self, line: Line) -> str:
+        """One assignment."""
         return f"{line.name} = {self.operations[line.operation].format(*map(self.argument, line.arguments))}"
 
     def lines(self, code: Code) -> list[str]:
+        """An assignment for every line."""
         return list(map(self.line, code.lines))
 
 
@@ -138,6 +141,7 @@ class Tape:
         self._lines_of: dict[str, Line] = {}
 
     def refuse(self, what: str):
+        """Raises what says that the cell uses this."""
         known = "+, -, *, /, **2 and " + ", ".join(FUNCTIONS)
         raise CellError(f"Cell {self.cell!r} uses {what}, which cannot be compiled: there are {known}.")
 

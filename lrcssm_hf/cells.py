@@ -52,6 +52,8 @@ class Cell:
         ordered = [a for a in signature if a.kind is not inspect.Parameter.KEYWORD_ONLY]
         if len(ordered) < states:
             self._refuse(f"takes {len(ordered)} arguments before its parameters; it has {states} states")
+        if len(ordered) == states:
+            self._refuse("takes no input")
         self.states = tuple(a.name for a in ordered[:states])
         self.inputs = tuple(a.name for a in ordered[states:])
         self.parameters = tuple(a.name for a in keywords if a.name != "time_step")

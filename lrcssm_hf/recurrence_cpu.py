@@ -501,7 +501,7 @@ def _defined(name: str, key: str, text: str) -> Callable:
                 file.write(text)
             os.replace(file.name, path)
         source = str(path)
-    except OSError:
+    except (OSError, ValueError):  # The latter is the hub's word for a file in the place of a folder.
         source = f"<{file_name}>"
     # Where messages and debuggers look for a source that is in no file.
     linecache.cache[source] = (len(text), None, text.splitlines(keepends=True), source)

@@ -217,11 +217,11 @@ def find_starts(
     `unsolved` (B, blocks) is set where a product has overflowed, which the state need not have done.
     """
     b, _, block, channel = _program(1, blocks, BLOCK)
-    inside = channel < size
+    is_channel = channel < size
     $zero_carries
     if initial is not None:
         $carries_from_initial
-    entry = b * chunks + (chunks - 1 if REVERSE else 0)
+    zeroth = b * chunks + (chunks - 1 if REVERSE else 0)
     $store_zeroth_start
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
@@ -277,7 +277,8 @@ def sweep(
     starts (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
-    inside = channel < size
+    is_channel = channel < size
+    inside = is_channel
     $load_weights
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
@@ -308,15 +309,15 @@ def stitch(
 ):
     """Checks the step into every chunk, and corrects the starts by Newton's method on the boundaries."""
     b, _, block, channel = _program(1, blocks, BLOCK)
-    inside = channel < size
+    is_channel = channel < size
     $load_weights
+    row = tl.arange(0, TILE).to(tl.int64)[:, None]
+    channel = channel[None, :]
     log_entry = log + b * blocks + block
     plane = batch * blocks
     if tl.load(log_entry + 2 * plane) != 0:
         worst = tl.zeros([TILE, BLOCK], DTYPE)
         $zero_carries
-        row = tl.arange(0, TILE).to(tl.int64)[:, None]
-        channel = channel[None, :]
         for tile in range(1, chunks, TILE):
             index = tile + row
             inside = (index < chunks) & (channel < size)
@@ -350,7 +351,7 @@ def newton(
     """All of Newton's iterations for a block of channels; `both` (2, B, T, n, D), of which the first half is zero at
     first and the solution at last."""
     b, _, block, channel = _program(1, blocks, BLOCK)
-    inside = channel < size
+    is_channel = channel < size
     $load_weights
     $load_initial
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
@@ -410,7 +411,8 @@ def adjoint(
     inputs (B, T, D), grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
-    inside = channel < size
+    is_channel = channel < size
+    inside = is_channel
     $load_weights
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
@@ -524,7 +526,7 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         ],
         "finite_carries": each("carry{i} = tl.where(_finite(carry{i}), carry{i}, 0.0)"),
         # newton
-        "load_initial": each(_load("initial{i}", "initial + " + at("b"))),
+        "load_initial": each(_load("initial{i}", "initial + " + at("b"), "is_channel")),
         "load_guesses": [
             *each(_load("state{i}", trajectory)),
             *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"), "inside & (t > 0)")),
@@ -549,8 +551,8 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         "store_incoming": each(_store("incoming + " + at("entry"), "carry{i}")),
         "store_grad_initial": each(_store("grad_initial + " + at("b"), "carry{i}", "is_first")),
         # find_starts
-        "carries_from_initial": each(_load("carry{i}", "initial + " + at("b"))),
-        "store_zeroth_start": each(_store("starts + " + at("entry"), "carry{i}")),
+        "carries_from_initial": each(_load("carry{i}", "initial + " + at("b"), "is_channel")),
+        "store_zeroth_start": each(_store("starts + " + at("zeroth"), "carry{i}", "is_channel")),
         "load_products": each_pair(
             "product{i}_{k} = tl.load(products + " + block_at("entry") + ", mask=inside, other={unit})"
         ),
@@ -589,7 +591,9 @@ def _cell_parts(program: Program) -> dict[str, str | list[str]]:
         "weight_count": str(program.weights),
         "load_inputs": [_load(name, f"{name}_pointer + {name}_row + channel") + ".to(DTYPE)" for name in inputs],
         "load_time_step": load_time_step,
-        "load_weights": [_load(name, f"weights + {k} * size + channel") for k, name in enumerate(weights)],
+        "load_weights": [
+            _load(name, f"weights + {k} * size + channel", "is_channel") for k, name in enumerate(weights)
+        ],
         "forget_at_reset": [f"{name} = tl.where(fresh, 0.0, {name})" for name in states],
         "linearise": _lines(program.linearise),
         "following": following,

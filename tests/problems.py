@@ -88,3 +88,70 @@ def outputs_and_gradients(scan, problem, cotangent):
 
 def relative_error(actual, expected):
     return ((actual - expected).abs().max() / (1 + expected.abs().max())).item()
+
+
+def cell_definition(cell, inputs, parameters, initial_state=None, time_step=None, reset=None):
+    """A cell's equation in a loop over its function, differentiated by autograd."""
+    first, count = next(iter(inputs.values())), len(cell.states)
+    if initial_state is None:
+        initial_state = first.new_zeros(first.shape[0], count, first.shape[2])
+    states, trajectory = initial_state.view(first.shape[0], count, first.shape[2]).unbind(1), []
+    for t in range(first.shape[1]):
+        if reset is not None:
+            states = [torch.where(reset[:, t, None], 0, state) for state in states]
+        at_t = {name: tensor[:, t] for name, tensor in inputs.items()}
+        states = cell.advance(states, at_t, parameters, None if time_step is None else time_step[:, t, None])
+        trajectory.append(torch.stack(states, 1))
+    trajectory = torch.stack(trajectory, 1)
+    return trajectory.squeeze(2) if count == 1 else trajectory
+
+
+def random_cell_problem(cell, batch, steps, size, *, full=False, scale=1.0, seed=0, dtype=torch.float64):
+    """(inputs, parameters, options) of a scan of the cell, every tensor a leaf that requires a gradient.
+
+    `full` adds the inputs that can be left out, an initial state, time steps (a fifth of them zero) and resets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    names = [name for name in cell.inputs if full or name not in cell.defaults]
+    inputs = {name: normal(batch, steps, size).requires_grad_() for name in names}
+    parameters = {name: (scale * normal(size)).requires_grad_() for name in cell.parameters}
+    options = {}
+    if full:
+        time_step = torch.rand(batch, steps, generator=generator, dtype=torch.float64) + 0.25
+        time_step[torch.rand(batch, steps, generator=generator) < 0.2] = 0
+        count = len(cell.states)
+        options = {
+            "initial_state": normal(batch, *([count] if count > 1 else []), size).requires_grad_(),
+            "time_step": time_step.requires_grad_(),
+            "reset": torch.rand(batch, steps, generator=generator) < 0.1,
+        }
+    return inputs, parameters, options
+
+
+def map_tensors(convert, problem):
+    """A cell's problem with another tensor for each."""
+    return tuple({name: convert(tensor) for name, tensor in part.items()} for part in problem)
+
+
+def cast_cell_problem(problem, dtype):
+    """The same problem in another precision, with fresh leaves."""
+    return map_tensors(lambda x: x if x.dtype == torch.bool else x.detach().to(dtype).requires_grad_(), problem)
+
+
+def cell_leaves(problem):
+    return [tensor for part in problem for tensor in part.values() if tensor.requires_grad]
+
+
+def cell_outputs_and_gradients(scan, problem):
+    """States, and the gradients of a sum of the states and of the final state's squares by every leaf; `scan` takes
+    inputs, parameters and options."""
+    inputs, parameters, options = problem
+    result = scan(inputs, parameters, **options)
+    states, final_state = result if isinstance(result, tuple) else (result, result[:, -1])
+    cotangent = torch.randn(states.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = (states * cotangent.to(states)).sum() + final_state.square().sum()
+    return states.detach(), torch.autograd.grad(loss.abs() if loss.is_complex() else loss, cell_leaves(problem))

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lrcssm_hf import lrc_scan, prefix_scan
+from lrcssm_hf import cell_scan, lrc_scan, prefix_scan
+from lrcssm_hf.cells import LSTM
 from lrcssm_hf.host import checkpoint_activations
-from problems import cast, leaves, random_problem
+from problems import cast, cell_leaves, leaves, random_cell_problem, random_problem
 from processes import join
 from tiny_models import make_model, random_ids
 
@@ -60,6 +61,7 @@ def _run(rank: int, folder: Path) -> None:
         check_model(name, dict(changes), dtype, full, cuts, dist.group.WORLD)
         if rank < 2:
             check_model(f"{name}, two ranks", dict(changes), dtype, full, cuts[1:2], two)
+    check_two_states(dist.group.WORLD)
     check_linear_scan(dist.group.WORLD)
     check_counted_labels(dist.group.WORLD)
     dist.destroy_process_group()
@@ -163,6 +165,29 @@ def check_model(name, changes, dtype, full, cuts, group) -> None:
         error = (mean / group.size() - theirs).abs().max() / (1 + theirs.abs().max())
         # transformers computes losses in float32.
         assert error <= 2e-6, (name, index, error)
+
+
+def check_two_states(group) -> None:
+    """A cell of two states a neuron: its states, and the sums of the ranks' gradients."""
+    inputs, parameters, options = problem = random_cell_problem(LSTM, 2, STEPS, 5, full=True)
+    cuts = (3, 4, 20)
+    part, is_last = slice([0, *cuts][group.rank()], [*cuts, STEPS][group.rank()]), group.rank() == group.size() - 1
+
+    def run(part, last, **others):
+        at = {name: tensor[:, part] for name, tensor in (options | inputs).items() if name != "initial_state"}
+        steps = {name: at.pop(name) for name in ("time_step", "reset")}
+        start = options["initial_state"]
+        states, final_state = cell_scan(LSTM, at, parameters, initial_state=start, **steps, **others)
+        loss = states.square().sum() + last * final_state.sum()
+        return states, torch.autograd.grad(loss, cell_leaves(problem))
+
+    expected, expected_gradients = run(slice(None), 1)
+    found, gradients = run(part, is_last, group=group)
+    torch.testing.assert_close(found, expected[:, part])
+    for ours, theirs in zip(gradients, expected_gradients):
+        total = ours.clone()
+        dist.all_reduce(total, group=group)
+        torch.testing.assert_close(total, theirs)
 
 
 def check_linear_scan(group) -> None:

@@ -13,6 +13,8 @@ import torch
 import lrcssm_hf
 import pretrain
 from lrcssm_hf import (
+    cell_compiler,
+    cells,
     configuration_lrcssm,
     forecasting,
     host,
@@ -21,6 +23,7 @@ from lrcssm_hf import (
     recurrent_cache,
     saved_states,
     series,
+    solvers,
     steps,
 )
 from lrcssm_hf.host import CACHE
@@ -45,6 +48,21 @@ def test_the_snippets_run_in_their_order(tmp_path, monkeypatch, capsys):
         # Its name is older transformers' in them.
         exec(snippet.replace("outputs.cache", f"outputs.{CACHE}"), namespace)
     assert "ScanInfo(solver='newton'" in capsys.readouterr().out
+
+
+def test_the_cell_that_contributors_are_shown_is_right():
+    """Its snippet compares the scan with the function in a loop."""
+    (snippet,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    namespace = {"torch": torch}
+    exec(snippet, namespace)
+    x, expected = torch.zeros(2, 64), []
+    for drive in namespace["drive"].unbind(1):
+        x = x + namespace["leaky"](x, drive, **namespace["parameters"])
+        expected.append(x)
+    assert torch.allclose(namespace["states"], torch.stack(expected, 1), atol=1e-5)
+    assert namespace["drive"].grad.isfinite().all()
 
 
 def test_the_first_example_writes_what_is_shown(monkeypatch, capsys):
@@ -91,7 +109,7 @@ def test_the_links_lead_somewhere():
 
 
 MODULES = [configuration_lrcssm, forecasting, host, modeling_lrcssm, recurrence]
-MODULES += [recurrent_cache, saved_states, series, steps]
+MODULES += [cell_compiler, cells, recurrent_cache, saved_states, series, solvers, steps]
 
 
 @pytest.mark.parametrize("module", [configuration_lrcssm, modeling_lrcssm], ids=lambda module: module.__name__)

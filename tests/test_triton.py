@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcssm_hf import LrcParameters, lrc_scan, prefix_scan, recurrence
-from lrcssm_hf.cells import LRC
-from problems import cast, definition, leaves, outputs_and_gradients, random_problem, relative_error
+from lrcssm_hf import LrcParameters, cell_scan, lrc_scan, prefix_scan, recurrence
+from lrcssm_hf.cells import GRU, LRC, LSTM, OSCILLATING_LRC
+from problems import (
+    cast,
+    cell_definition,
+    cell_outputs_and_gradients,
+    definition,
+    leaves,
+    map_tensors,
+    outputs_and_gradients,
+    random_cell_problem,
+    random_problem,
+    relative_error,
+)
 
 
 recurrence_triton = pytest.importorskip("lrcssm_hf.recurrence_triton", reason="triton is not installed")
@@ -64,6 +75,21 @@ def test_float64_equals_definition(solver, shape, symmetric, full):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_float32_equals_definition(solver):
     check(random_problem(2, 19, 3, full=True, scale=0.4), solver, 2e-5, torch.float32)
+
+
+@pytest.mark.parametrize("cell, full", [(GRU, True), (LSTM, True), (OSCILLATING_LRC, False)], ids=["gru", "lstm", "oscillator"])
+@pytest.mark.parametrize("shape", [(2, 19, 3), pytest.param((2, 4097, 129), marks=only_gpu)], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_kind_of_cell(solver, shape, cell, full):
+    """Of one state and of two, with time steps and without."""
+    problem = random_cell_problem(cell, *shape, full=full, scale=0.4)
+    there = map_tensors(lambda x: x.detach().to(DEVICE).requires_grad_(x.requires_grad), problem)
+    scan = functools.partial(cell_scan, cell, backend="triton", solver=solver)
+    states, gradients = cell_outputs_and_gradients(scan, there)
+    expected, expected_gradients = cell_outputs_and_gradients(functools.partial(cell_definition, cell), problem)
+    assert relative_error(states.cpu(), expected) < 1e-10
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient.cpu(), expected_gradient) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
