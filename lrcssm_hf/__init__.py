@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cells import Cell
+from .cells import Cell, register_cell
 from .configuration_lrcssm import LrcSSMConfig
 from .modeling_lrcssm import (
     LrcSSMForCausalLM,
@@ -47,5 +47,6 @@ __all__ = [
     "lrc_scan",
     "lrc_step",
     "prefix_scan",
+    "register_cell",
     "series_statistics",
 ]

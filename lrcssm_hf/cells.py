@@ -255,3 +255,22 @@ OSCILLATING_LRC = Cell(oscillating_lrc, states=2)
 GRU = Cell(gru)
 MGU = Cell(mgu)
 LSTM = Cell(lstm, states=2)
+
+# What a model can be made of, by the name in its configuration. For "lrc", the other fields say which of its kinds.
+REGISTERED = {"lrc": LRC, "gru": GRU, "mgu": MGU, "lstm": LSTM}
+
+
+def register_cell(name: str, cell: Cell) -> None:
+    """Makes `cell` known to models as `LrcSSMConfig(cell=name)`. A saved model does not hold the cell: it has to be
+    registered before the model is loaded.
+
+    Raises:
+        ValueError: the name is no word or that of another cell, or the cell is no `Cell`.
+    """
+    if not isinstance(cell, Cell):
+        raise ValueError(f"`cell` must be a `Cell`, got {type(cell).__name__}; pass `Cell(function)`.")
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"`name` must be a word, got {name!r}.")
+    if REGISTERED.get(name, cell) is not cell:
+        raise ValueError(f"`name` {name!r} is that of another cell: {REGISTERED[name]}.")
+    REGISTERED[name] = cell

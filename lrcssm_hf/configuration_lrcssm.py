@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .cells import REGISTERED
 from .host import CACHE_NAMES
 from .operators import BACKENDS, SOLVERS
 
@@ -30,6 +31,16 @@ _NUMBERS = (
     "norm_eps",
     "initializer_range",
 )
+# Fields that are of the LRC alone, and their values where it plays no part.
+_FOR_LRC = {
+    "elastance": "asymmetric",
+    "elastance_input": False,
+    "state_dependence": "full",
+    "jacobian_bound": None,
+    "initialization": "default",
+    "time_constant_min": 2.5,
+    "time_constant_max": 16.0,
+}
 # Fields of models that read series, and their values where they play no part.
 _FOR_SERIES = {
     "scaling": None,
@@ -67,12 +78,14 @@ class LrcSSMConfig(PreTrainedConfig):
             multiple of 64 for the gated block (SwiGLU), `hidden_size` for the paper's.
         block_type (`"gated"` or `"paper"`, defaults to `"gated"`): `"gated"` is RMSNorm, short convolution, gated
             recurrence and SwiGLU; `"paper"` is the block of the authors' code, numerically equal to it.
+        cell (`str`, defaults to `"lrc"`): the recurrence of the neurons, `"lrc"`, `"gru"`, `"mgu"`, `"lstm"` or a name
+            given to [`register_cell`]. The fields from `elastance` to `time_constant_max` are of the LRC alone.
         sensory_activation (`"none"` or `"sigmoid"`, *optional*): what is applied to the input before it drives the
-            neurons; by default none for the gated block and the paper's sigmoid for the paper's.
+            neurons; by default the paper's sigmoid for the LRC in the paper's block, and else none.
         elastance (`"asymmetric"` or `"symmetric"`, defaults to `"asymmetric"`): sigmoid(e), or
             sigmoid(e + shift) - sigmoid(e - shift).
         elastance_input (`bool`, *optional*): whether the input also drives the elastance, which lets a neuron hold its
-            state on one input and change it on another; by default only in the gated block.
+            state on one input and change it on another; by default only in the gated block, for the LRC.
         state_dependence (`"full"` or `"input"`, defaults to `"full"`): `"input"` drops the state from gates and
             elastance: the recurrence is then linear with every Jacobian in (0, 1).
         jacobian_bound (`float`, *optional*): keeps every |dx_t/dx_{t-1}| at this at most, whatever the input (for time
@@ -132,6 +145,7 @@ class LrcSSMConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     intermediate_size: int | None = None
     block_type: str = "gated"
+    cell: str = "lrc"
     sensory_activation: str | None = None
     elastance: str = "asymmetric"
     elastance_input: bool | None = None
@@ -169,9 +183,9 @@ class LrcSSMConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 64) * 64 if gated else self.hidden_size
         if self.sensory_activation is None:
-            self.sensory_activation = "none" if gated else "sigmoid"
+            self.sensory_activation = "none" if gated or self.cell != "lrc" else "sigmoid"
         if self.elastance_input is None:
-            self.elastance_input = gated
+            self.elastance_input = gated and self.cell == "lrc"
         self.check_values()
         layer_types = kwargs.pop("layer_types", None)
         if layer_types not in (None, self.layer_types):
@@ -208,6 +222,14 @@ class LrcSSMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}."
                 )
+        if self.cell not in REGISTERED:
+            raise ValueError(
+                f"`cell` must be one of {', '.join(REGISTERED)}, got {self.cell!r}; make one of your own known by "
+                "`register_cell`."
+            )
+        for name, unused in _FOR_LRC.items():
+            if self.cell != "lrc" and getattr(self, name) != unused:
+                raise ValueError(f"`{name}` is for the `cell` 'lrc', got {self.cell!r}; leave it out.")
         if self.num_hidden_groups is not None and self.num_hidden_groups > self.num_hidden_layers:
             raise ValueError(
                 f"`num_hidden_groups` can be {self.num_hidden_layers} at most (`num_hidden_layers`), got "

@@ -1,8 +1,10 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """PyTorch LrcSSM model: liquid-resistance liquid-capacitance state-space model (arXiv 2505.21717).
 
-Read from top to bottom: the neurons (`LrcSSMNeurons`), the two blocks around them, the model, the heads.
-Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel.
+Read from top to bottom: the neurons (`LrcSSMNeurons`, and `LrcSSMCellNeurons` of any other cell), the two blocks around
+them, the model, the heads.
+Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel. Recurrent states are (B, D), or (B, n, D) for a
+cell of n states a neuron.
 """
 
 import functools
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .cells import REGISTERED
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import spread_labels, steps_before
 from .forecasting import ForecastingMixin
@@ -38,7 +41,7 @@ from .host import (
     rename_cache,
     takes_cache,
 )
-from .recurrence import LrcParameters, load_cpu_kernels, lrc_scan, prefix_scan
+from .recurrence import LrcParameters, cell_scan, load_cpu_kernels, lrc_scan, prefix_scan
 from .recurrent_cache import read_state, repeat_rows, require_cache, write_state
 from .saved_states import SavedStatesMixin
 from .series import observed_values, require_features, require_finite, series_statistics
@@ -191,6 +194,66 @@ class LrcSSMNeurons(nn.Module):
         )
 
 
+class LrcSSMCellNeurons(nn.Module):
+    """A layer of D neurons of the cell `config.cell`, driven by an input of `input_size` channels.
+
+    One projection of the input is all of the cell's inputs, and the last state of every neuron is the layer's output.
+    """
+
+    def __init__(self, config: LrcSSMConfig, input_size: int):
+        super().__init__()
+        self.config = config
+        self.cell = REGISTERED[config.cell]
+        size = config.state_size
+        self.currents = nn.Linear(input_size, size * len(self.cell.inputs))
+        # Its own, not those of a dictionary: transformers takes a module without any to be initialised.
+        for name in self.cell.parameters:
+            self.register_parameter(f"cell_{name}", nn.Parameter(torch.empty(size)))
+        if config.sensory_activation == "sigmoid":
+            self.sensory_scale = nn.Parameter(torch.empty(input_size))
+            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """As the authors draw theirs; no bias."""
+        bound = self.config.state_size**-0.5
+        for parameter in (self.currents.weight, *self.cell_parameters().values()):
+            init.uniform_(parameter, -bound, bound)
+        init.zeros_(self.currents.bias)
+        if self.config.sensory_activation == "sigmoid":
+            bound = self.sensory_scale.numel() ** -0.5
+            init.uniform_(self.sensory_scale, -bound, bound)
+            init.uniform_(self.sensory_shift, -bound, bound)
+
+    def cell_parameters(self) -> dict[str, Tensor]:
+        """As `cell_scan` takes them, (D,) each."""
+        return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
+
+    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
+        config = self.config
+        if config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        currents = self.currents(inputs).split(config.state_size, dim=-1)
+        states, final_state = cell_scan(
+            self.cell,
+            dict(zip(self.cell.inputs, currents)),
+            self.cell_parameters(),
+            initial_state=initial_state,
+            time_step=steps.time_step,
+            reset=steps.reset,
+            solver=config.solver,
+            backend=config.backend,
+            group=steps.group,
+        )
+        return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
+
+
+def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSSMCellNeurons:
+    """The layer of neurons that the configuration asks for."""
+    return (LrcSSMNeurons if config.cell == "lrc" else LrcSSMCellNeurons)(config, input_size)
+
+
 class LrcSSMConvolution(nn.Module):
     """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
 
@@ -254,7 +317,7 @@ class LrcSSMMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
         self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
         self.act = ACT2FN[config.hidden_act]
-        self.neurons = LrcSSMNeurons(config, config.state_size)
+        self.neurons = make_neurons(config, config.state_size)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
 
     def forward(
@@ -336,7 +399,7 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         super().__init__()
         self.equal_widths = config.hidden_size == config.state_size
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
-        self.neurons = LrcSSMNeurons(config, config.hidden_size)
+        self.neurons = make_neurons(config, config.hidden_size)
         self.mlp = LrcSSMPaperMLP(config.state_size, config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -350,7 +413,7 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         """(B, T, H), (B, D, 0), (B, D) -> the same, after the steps."""
         inputs = self.norm(hidden_states)
         states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
-        conv_state = inputs.new_empty(*recurrent_state.shape, 0)
+        conv_state = inputs.new_empty(len(inputs), states.shape[-1], 0)
         states = states.to(inputs.dtype)
         if not self.equal_widths:
             return self.norm(self.dropout(self.mlp(states)) + inputs), conv_state, recurrent_state
@@ -387,7 +450,7 @@ class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (LrcSSMNeurons, LrcSSMConvolution)):
+        if isinstance(module, (LrcSSMNeurons, LrcSSMCellNeurons, LrcSSMConvolution)):
             module.init_weights()
         elif isinstance(module, LrcSSMPaperLinear):
             init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -398,7 +461,8 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
 
     Blocks between an embedding (of tokens) or a projection (of `config.num_channels` channels) and a last norm. States
     are kept in transformers' `DynamicCache`, whose layers hold `recurrent_states[0]` (batch_size, state_size), float32
-    at least, and `conv_states[0]` (batch_size, state_size, conv_kernel - 1); none grows with the sequence.
+    at least, and `conv_states[0]` (batch_size, state_size, conv_kernel - 1); none grows with the sequence. A cell of n
+    states a neuron has recurrent states of (batch_size, n, state_size).
     """
 
     def __init__(self, config: LrcSSMConfig):

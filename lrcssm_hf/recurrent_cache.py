@@ -2,7 +2,8 @@
 """transformers' cache with the states of this model in it: checked, read, written, given to more rows.
 
 A layer holds `conv_states[0]` (B, D, K - 1), the inputs of its convolution before the first step to come, and
-`recurrent_states[0]` (B, D), the state of its neurons. Shapes: B rows of the batch, D state_size, K conv_kernel.
+`recurrent_states[0]` (B, D), the state of its neurons, or (B, n, D) for a cell of n states a neuron. Shapes: B rows of
+the batch, D state_size, K conv_kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
+from .cells import REGISTERED
 from .configuration_lrcssm import LrcSSMConfig
 from .host import CACHE
 
@@ -18,7 +20,8 @@ from .host import CACHE
 def state_shapes(config: LrcSSMConfig, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the convolution's and the recurrent state of a layer; the paper's block has no convolution."""
     past = config.conv_kernel - 1 if config.block_type == "gated" else 0
-    return (rows, config.state_size, past), (rows, config.state_size)
+    count = len(REGISTERED[config.cell].states)
+    return (rows, config.state_size, past), (rows, *[count] * (count > 1), config.state_size)
 
 
 def require_cache(cache: Cache | None, config: LrcSSMConfig, rows: int | None = None) -> None:

@@ -87,6 +87,8 @@ class SavedStatesMixin:
         """A hash of everything that a state depends on: the trunk's weights and what is done with them."""
         fields = ("hidden_act", "norm_eps", "num_hidden_layers", "scaling", "jacobian_bound")
         settings = repr([getattr(self.config, field) for field in fields])
+        if self.config.cell != "lrc":
+            settings += self.config.cell
         return _digest(self.base_model.state_dict(), settings)
 
 

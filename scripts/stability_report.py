@@ -168,6 +168,8 @@ def report(name: str, length: int, text_file: str | None) -> dict:
         model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
     except OSError as error:
         raise ValueError(f"{name!r} could not be loaded: {error}") from error
+    if model.config.cell != "lrc":
+        raise ValueError(f"{name!r} has the cell {model.config.cell!r}; the bounds are those of the LRC.")
     if not isinstance(model, LrcSSMModel) or model.config.bidirectional:
         raise ValueError(f"{name!r} reads its input from both ends: there is no last step to go back from.")
     inputs = read_inputs(model, name, text_file, length)

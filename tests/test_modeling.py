@@ -37,6 +37,10 @@ VARIANTS = {
     "gated, torch, chunked": {"backend": "torch", "solver": "chunked"},
     "paper": {"block_type": "paper", "tie_word_embeddings": False},
     "paper, different widths": {"block_type": "paper", "state_size": 20, "tie_word_embeddings": False},
+    "gru": {"cell": "gru"},
+    "lstm, narrow state": {"cell": "lstm", "state_size": 20},
+    "paper, mgu, sensory": {"cell": "mgu", "block_type": "paper", "sensory_activation": "sigmoid"},
+    "paper, lstm": {"cell": "lstm", "block_type": "paper", "state_size": 20, "tie_word_embeddings": False},
 }
 
 
@@ -153,7 +157,8 @@ def test_the_size_of_the_cache_does_not_depend_on_the_prompt(model, ids):
     config = model.config
     sizes = {cache_elements(model(ids[:, :length], use_cache=True)[CACHE]) for length in (1, 2, 5, 23)}
     window = 0 if config.block_type == "paper" else config.conv_kernel - 1
-    assert sizes == {4 * config.num_hidden_layers * config.state_size * (1 + window)}
+    states = 2 if config.cell == "lstm" else 1
+    assert sizes == {4 * config.num_hidden_layers * config.state_size * (states + window)}
 
 
 @torch.no_grad()
@@ -566,6 +571,13 @@ def test_the_gated_model_learns(ids):
         {"initialization": "random"},
         {"initialization": "state_tracking", "elastance": "symmetric"},
         {"initialization": "state_tracking", "state_dependence": "input"},
+        {"cell": "elman"},
+        {"cell": "gru", "elastance": "symmetric"},
+        {"cell": "gru", "elastance_input": True},
+        {"cell": "lstm", "state_dependence": "input"},
+        {"cell": "mgu", "jacobian_bound": 1.0},
+        {"cell": "mgu", "initialization": "state_tracking"},
+        {"cell": "gru", "time_constant_max": 100.0},
     ],
     ids=str,
 )

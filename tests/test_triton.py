@@ -77,7 +77,9 @@ def test_float32_equals_definition(solver):
     check(random_problem(2, 19, 3, full=True, scale=0.4), solver, 2e-5, torch.float32)
 
 
-@pytest.mark.parametrize("cell, full", [(GRU, True), (LSTM, True), (OSCILLATING_LRC, False)], ids=["gru", "lstm", "oscillator"])
+@pytest.mark.parametrize(
+    "cell, full", [(GRU, True), (LSTM, True), (OSCILLATING_LRC, False)], ids=["gru", "lstm", "oscillator"]
+)
 @pytest.mark.parametrize("shape", [(2, 19, 3), pytest.param((2, 4097, 129), marks=only_gpu)], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_kind_of_cell(solver, shape, cell, full):
