@@ -303,8 +303,8 @@ def cell_scan(
             solver that does not reach the tolerance is replaced by `sequential`.
         backend: `torch` runs anywhere; `cpu` is the compiled float32 kernel, which solves sequentially; `triton` are
             the kernels for GPUs, in float32 and float64; `auto` takes the kernels where they apply.
-        tolerance: largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|) accepted from a parallel solver, positive and
-            finite; by default 16 units of rounding of the working dtype.
+        tolerance: largest relative error accepted from a parallel solver, as `ScanInfo.residual` measures it, positive
+            and finite; by default 16 units of rounding of the working dtype.
         return_info: also return a `ScanInfo`.
         group: the ranks over which a sequence is spread, in its order: what is passed are this rank's steps, of any
             number, and the same parameters and initial state on all ranks. States and gradients are those of the whole

@@ -26,9 +26,12 @@ _MAX_NEWTON_ITERATIONS = 30
 class ScanInfo(NamedTuple):
     """How a scan was solved.
 
-    `iterations`: Newton iterations or chunk sweeps. `residual`: the largest |x_t - F(x_{t-1})| / max(|x_t|, |x_{t-1}|)
-    of the parallel solver's last iterate (0 where the recurrence was evaluated step by step). `fell_back`: the parallel
-    solver did not reach the tolerance and the returned states are those of `sequential`.
+    `iterations`: Newton iterations or chunk sweeps. `residual`: what is left of the parallel solver's error, relative
+    (0 where the recurrence was evaluated step by step): for `newton` the largest |x_t - F(x_{t-1})| / max(|x_t|,
+    |x_{t-1}|); for `chunked` the most by which a chunk's start is off, in units of the neuron's largest state in the
+    sequence, and by which it misses the end of the chunk before, in units of the largest state in either chunk, both
+    over what the rounding of a chunk gathers to (`gathered_rounding`). `fell_back`: the parallel solver did not reach
+    the tolerance and the returned states are those of `sequential`.
     """
 
     solver: str
@@ -110,12 +113,18 @@ def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
     return tensors[0].unsqueeze(-2) if len(tensors) == 1 else torch.stack(tensors, dim=-2)
 
 
-def _residual(states: Tensor, previous: Tensor, target: Tensor) -> float:
-    """The largest |x_t - F(x_{t-1})| in units of the states themselves, which may be small everywhere."""
-    scale = torch.maximum(states.abs(), previous.abs()).clamp(min=torch.finfo(states.dtype).tiny)
-    error = (states - target).abs() / scale
-    # Anything that is not a number is no solution: it must not compare as small.
-    return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if error.numel() else 0.0
+def _largest(errors: Tensor, scale: Tensor) -> float:
+    """The largest error in units of the states themselves, which may be small everywhere."""
+    relative = errors.abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    # Anything that is not a number is no solution: it must not compare as small, nor must what it is compared with.
+    relative = torch.where(scale.isfinite(), relative, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
+    return relative.max().item() if relative.numel() else 0.0
+
+
+def gathered_rounding(chunk: int) -> float:
+    """What the rounding of so many steps can gather to, in units of what is always accepted: two runs of a chunk from
+    almost the same start differ by the square root of its steps, the largest of many by some more."""
+    return max(1.0, math.sqrt(chunk) / 16)
 
 
 def last_changes(time_step: Tensor, reset: Tensor | None) -> Tensor:
@@ -153,7 +162,7 @@ def _solve_newton(problem: Problem, length: int, initial_state: Tensor, toleranc
     for iteration in range(_MAX_NEWTON_ITERATIONS + 1):
         previous = shift(states, initial_state)
         target, jacobian = problem.linearise(previous)
-        residual = _residual(states, previous, target)
+        residual = _largest(states - target, torch.maximum(states.abs(), previous.abs()))
         if residual <= tolerance or iteration == _MAX_NEWTON_ITERATIONS or not states.isfinite().all():
             break
         states = states + linear_scan.scan(jacobian, target - states, torch.zeros_like(initial_state))
@@ -166,6 +175,10 @@ def _solve_chunked(problem: Problem, length: int, initial_state: Tensor, toleran
     A sweep runs the recurrence through all chunks at once and returns each chunk's end and the product of its
     Jacobians; a scan over the chunks then corrects the starts. After k sweeps the first k chunks are exact, so it ends
     after at most as many sweeps as there are chunks.
+
+    Errors are measured against the size of the states around and of the neuron's in the whole sequence, not of the
+    element itself, which may pass near zero: states are then as near to the exact ones as those of `sequential` are,
+    within a factor of two, from time constants of 2.5 steps to 4,096.
     """
     batch, *size = initial_state.shape
     chunk = math.isqrt(length - 1) + 1
@@ -181,20 +194,24 @@ def _solve_chunked(problem: Problem, length: int, initial_state: Tensor, toleran
             state, jacobian = step.linearise(state)
             product = multiply(jacobian, product)
             trajectory.append(state)
+        trajectory = torch.stack(trajectory, dim=2)
         # Of the chunks but the last: what is past the end of that is cut off.
         ends = state[:, :-1]
-        # The recurrence holds inside the chunks by construction; what is left to check is the step into each chunk.
-        residual = _residual(trajectory[0][:, 1:], ends, steps[0].map(lambda x: x[:, 1:]).advance(ends))
-        if residual <= tolerance or sweep == count:
-            break
+        # The recurrence holds inside the chunks by construction; what is left is how far their starts are off.
         mismatch = torch.where(ends.isfinite(), ends - starts[:, 1:], 0)
         product = torch.where(product.isfinite(), product, 0)[:, :-1]
         zeros = torch.zeros_like(initial_state)
-        corrections = shift(scan_loop(product, mismatch, zeros), zeros)
-        corrected = ends + apply(product, corrections)
+        errors = scan_loop(product, mismatch, zeros)
+        amplitudes = trajectory.abs().amax(2)
+        amplitudes[:, -1] = trajectory[:, -1, : chunk - padding].abs().amax(1)
+        nearby = torch.minimum(amplitudes[:, :-1], amplitudes[:, 1:])
+        residual = max(_largest(mismatch, nearby), _largest(errors, amplitudes.amax(1, keepdim=True)))
+        residual = residual / gathered_rounding(chunk) if ends.isfinite().all() else math.inf
+        if residual <= tolerance or sweep == count:
+            break
+        corrected = ends + apply(product, shift(errors, zeros))
         starts = torch.cat([starts[:, :1], torch.where(corrected.isfinite(), corrected, 0)], dim=1)
-    states = torch.stack(trajectory, dim=2).flatten(1, 2)[:, :length]
-    return states, sweep, residual
+    return trajectory.flatten(1, 2)[:, :length], sweep, residual
 
 
 def solve(

@@ -3,6 +3,7 @@
 
 import functools
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -281,6 +282,29 @@ def test_parallel_solvers_need_few_iterations_where_the_recurrence_contracts(sol
         parameters = parameters._replace(elastance_shift=torch.full((4,), 1.0, dtype=torch.float64))
     *_, info = lrc_scan(forget_input, update_input, parameters, **options, solver=solver, return_info=True)
     assert not info.fell_back and info.iterations <= 6
+
+
+@pytest.mark.parametrize("slowest, sweeps", [(1024, 3), (4096, 4)])
+def test_chunks_are_as_exact_as_single_steps_over_65536_of_them(slowest, sweeps):
+    """In float32, against float64, for time constants from 2.5 steps on, as a gated block starts with."""
+    torch.manual_seed(0)
+    size, steps = 32, 65536
+    elastance = 2 / torch.logspace(math.log10(2.5), math.log10(slowest), size)
+    zeros, ones = torch.zeros(size), torch.ones(size)
+    weights = 0.1 * torch.randn(2, size)
+    parameters = LrcParameters(ones, zeros, *weights, zeros, ones, zeros, elastance.logit())
+    inputs = {name: torch.randn(1, steps, size) for name in ("forget_input", "update_input")}
+    inputs["elastance_input"] = 0.5 * torch.randn(1, steps, size)
+    scan = functools.partial(lrc_scan, backend="torch", return_info=True)
+    chunked, _, info = scan(**inputs, parameters=parameters, solver="chunked")
+    sequential = scan(**inputs, parameters=parameters, solver="sequential")[0]
+    wide = LrcParameters(*(parameter.double() for parameter in parameters[:8]))
+    exact = scan(**{k: v.double() for k, v in inputs.items()}, parameters=wide, solver="sequential")[0]
+    error, error_of_sequential = (
+        ((x - exact).abs().amax(1) / exact.abs().amax(1)).max() for x in (chunked, sequential)
+    )
+    assert not info.fell_back and info.iterations <= sweeps
+    assert error <= 2 * error_of_sequential < 1e-5
 
 
 @pytest.mark.parametrize("solver", ["newton", "chunked"])
