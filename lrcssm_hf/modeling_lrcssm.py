@@ -286,6 +286,9 @@ class LrcSSMConvolution(nn.Module):
                 count = torch.where(document[:, -1] > 0, kernel - 1, count)
             past = steps_before(last, count, steps.group)
         window = torch.cat([past, inputs], dim=1)
+        if length == 1 and document is None:
+            # Decoding: as few operations as can be.
+            return (window * self.weight.t()).sum(1, keepdim=True) + self.bias, self._last(window, steps, document).mT
         outputs = inputs * self.weight[:, -1] + self.bias
         for tap in range(kernel - 1):
             tapped = window[:, tap : tap + length]
@@ -299,6 +302,9 @@ class LrcSSMConvolution(nn.Module):
         document, (B, K - 1 + T, D) -> (B, K - 1, D)."""
         batch, length, size = window.shape
         past = self.weight.shape[1] - 1
+        if steps.lengths is None and document is None:
+            # A copy, so that the whole window is not kept for its end.
+            return window[:, length - past :].clone()
         if steps.lengths is None:
             last = torch.arange(length - past, length, device=window.device).expand(batch, -1)
         else:
@@ -413,7 +419,7 @@ class LrcSSMPaperBlock(GradientCheckpointingLayer):
         """(B, T, H), (B, D, 0), (B, D) -> the same, after the steps."""
         inputs = self.norm(hidden_states)
         states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
-        conv_state = inputs.new_empty(len(inputs), states.shape[-1], 0)
+        conv_state = inputs.new_empty(inputs.shape[0], states.shape[-1], 0)
         states = states.to(inputs.dtype)
         if not self.equal_widths:
             return self.norm(self.dropout(self.mlp(states)) + inputs), conv_state, recurrent_state
@@ -580,6 +586,9 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         mask = self._step_mask(attention_mask, batch_size, length, cache)
+        if mask is not None and not is_spread and may_look(mask) and mask.all():
+            # Nothing is padding. Ranks have to do the same, and would have to ask each other.
+            mask = None
         of_series = {
             "observed_mask": observed_mask,
             "time_features": time_features,
@@ -687,11 +696,13 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
     def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, H)."""
         if name == "input_ids":
-            if may_look(values) and not (values.min() >= 0 and values.max() < self.config.vocab_size):
-                raise ValueError(
-                    f"`input_ids` must be in [0, {self.config.vocab_size}), got {values.min()} to {values.max()}; "
-                    "is this the model's tokenizer?"
-                )
+            if may_look(values):
+                low, high = (bound.item() for bound in values.aminmax())
+                if low < 0 or high >= self.config.vocab_size:
+                    raise ValueError(
+                        f"`input_ids` must be in [0, {self.config.vocab_size}), got {low} to {high}; "
+                        "is this the model's tokenizer?"
+                    )
             return self.embed_tokens(values)
         if mask is not None:
             values = values.masked_fill(~mask.unsqueeze(-1), 0)

@@ -87,9 +87,8 @@ def require_spreadable(name: str, is_asked: bool, dtype: torch.dtype) -> None:
 
 def working_dtype(*tensors: Tensor | None) -> torch.dtype:
     dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+    for other in dict.fromkeys(tensor.dtype for tensor in tensors if tensor is not None):
+        dtype = torch.promote_types(dtype, other)
     return dtype
 
 
