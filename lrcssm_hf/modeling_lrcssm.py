@@ -1,24 +1,16 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """PyTorch LrcSSM model: liquid-resistance liquid-capacitance state-space model (arXiv 2505.21717).
 
-Read from top to bottom: the neurons (`LrcSSMNeurons`, and `LrcSSMCellNeurons` of any other cell), the two blocks around
-them, the model, the heads.
-Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel. Recurrent states are (B, D), or (B, n, D) for a
-cell of n states a neuron.
+The model around the blocks of `blocks.py`, and its heads. Shapes: B batch, T steps, H hidden_size, D state_size,
+K conv_kernel. Recurrent states are (B, D), or (B, n, D) for a cell of n states a neuron.
 """
-
-import functools
-import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin, GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -27,10 +19,11 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .cells import REGISTERED
+from .blocks import BLOCKS, LrcSSMCellNeurons, LrcSSMConvolution, LrcSSMNeurons, LrcSSMPaperLinear, LrcSSMPaperMLP
 from .configuration_lrcssm import LrcSSMConfig
-from .context_parallel import spread_labels, steps_before
+from .context_parallel import spread_labels
 from .forecasting import ForecastingMixin
+from .generation import RecurrentGenerationMixin
 from .host import (
     CACHE,
     CACHE_NAMES,
@@ -38,396 +31,13 @@ from .host import (
     keywords,
     refuses_unknown,
     register_names,
-    rename_cache,
     takes_cache,
 )
-from .recurrence import LrcParameters, cell_scan, load_cpu_kernels, lrc_scan, prefix_scan
-from .recurrent_cache import read_state, repeat_rows, require_cache, write_state
+from .inputs import InputsMixin
+from .recurrence import load_cpu_kernels
+from .recurrent_cache import read_state, require_cache, write_state
 from .saved_states import SavedStatesMixin
-from .series import observed_values, require_features, require_finite, series_statistics
-from .stability import confine
-from .steps import LrcSSMSteps, as_mask, documents_of, may_look, require_times
-
-
-class LrcSSMNeurons(nn.Module):
-    """A layer of D liquid neurons with a diagonal recurrence, driven by an input of `input_size` channels.
-
-    The input passes through the sensory activation and one projection into the currents c, d and, with
-    `elastance_input`, q (paper, equations 7 to 10); `lrc_scan` solves the recurrence.
-    """
-
-    def __init__(self, config: LrcSSMConfig, input_size: int):
-        super().__init__()
-        self.config = config
-        self.gated = config.block_type == "gated"
-        size = config.state_size
-        self.currents = nn.Linear(input_size, size * (3 if config.elastance_input else 2), bias=False)
-        names = ["leak_conductance", "leak_potential", "elastance_bias"]
-        if config.state_dependence == "full":
-            names += ["activation_scale", "activation_shift", "forget_weight", "update_weight"]
-            if config.jacobian_bound is None:
-                names += ["elastance_weight"]
-        if config.elastance == "symmetric":
-            names += ["elastance_shift"]
-        for name in names:
-            self.register_parameter(name, nn.Parameter(torch.empty(size)))
-        if config.sensory_activation == "sigmoid":
-            self.sensory_scale = nn.Parameter(torch.empty(input_size))
-            self.sensory_shift = nn.Parameter(torch.empty(input_size))
-
-    @torch.no_grad()
-    def init_weights(self):
-        """The authors' initialisation for the paper's block; for the gated block, spread time constants.
-
-        At rest a neuron forgets by eps * sigmoid(0) = eps / 2 per step, so a time constant tau asks for an elastance
-        of 2 / tau. The state's influence on the gates starts small.
-        """
-        config, size = self.config, self.config.state_size
-        if config.sensory_activation == "sigmoid":
-            bound = self.sensory_scale.numel() ** -0.5
-            init.uniform_(self.sensory_scale, -bound, bound)
-            init.uniform_(self.sensory_shift, -bound, bound)
-        if config.initialization == "state_tracking":
-            self._init_counters()
-            return
-        if not self.gated:
-            for name, parameter in self.named_parameters(recurse=False):
-                if not name.startswith("sensory"):
-                    init.uniform_(parameter, -(size**-0.5), size**-0.5)
-            init.uniform_(self.currents.weight, -(size**-0.5), size**-0.5)
-            return
-        low, high = math.log(config.time_constant_min), math.log(config.time_constant_max)
-        elastance = 2 / torch.empty(size).uniform_(low, high).exp()
-        init.zeros_(self.leak_conductance)
-        init.ones_(self.leak_potential)
-        if config.elastance == "symmetric":
-            # sigmoid(s) - sigmoid(-s) = tanh(s / 2), and the shift is softplus of the parameter.
-            shift = 2 * torch.atanh(elastance)
-            init.zeros_(self.elastance_bias)
-            init.copy_(self.elastance_shift, shift + torch.log(-torch.expm1(-shift)))
-        else:
-            init.copy_(self.elastance_bias, torch.logit(elastance))
-        if config.state_dependence == "full":
-            init.ones_(self.activation_scale)
-            init.zeros_(self.activation_shift)
-            init.normal_(self.forget_weight, std=0.1)
-            init.normal_(self.update_weight, std=0.1)
-            if config.jacobian_bound is None:
-                init.zeros_(self.elastance_weight)
-
-    def _init_counters(self):
-        """Every neuron counts its inputs modulo a period, from 2 to 4, and q_t says which inputs count.
-
-        With gates f and z that switch where the state crosses activation_shift, and a potential of -1, the state climbs
-        at every step below the threshold (sigmoid(f) = 0, -tanh(z) = 1), by 1 if the elastance is, and the first step
-        above it wipes the state and puts it to -1 (sigmoid(f) = 1, -tanh(z) = -1): an attracting cycle, so that errors
-        do not grow with the length of the sequence.
-        """
-        size = self.leak_potential.numel()
-        init.constant_(self.leak_potential, -1.0)
-        # Of the levels -1, 0, 1, ... the threshold lets a period have so many.
-        init.copy_(self.activation_shift, torch.randint(2, 5, (size,)) - 2.5)
-        init.uniform_(self.activation_scale, 4.0, 6.0)
-        init.uniform_(self.update_weight, 6.0, 10.0)
-        init.copy_(self.forget_weight, self.update_weight)
-        init.copy_(self.leak_conductance, -self.update_weight / 2)
-        init.uniform_(self.elastance_weight, -0.5, 0.5)
-        init.zeros_(self.elastance_bias)
-        # Strong enough for an input to move the thresholds by a level, and the elastance close to 0 or 1.
-        weights = [torch.empty_like(part) for part in self.currents.weight.chunk(3)]
-        for weight, gain in zip(weights, (2.0, 2.0, 3.0)):
-            weight.normal_(std=gain * weight.shape[1] ** -0.5)
-        init.copy_(self.currents.weight, torch.cat(weights))
-
-    def lrc_parameters(self) -> LrcParameters:
-        """As `lrc_scan` takes them: 0 for a weight that the configuration leaves out, and with `jacobian_bound` no
-        larger than that allows."""
-        shift = getattr(self, "elastance_shift", None)
-        if shift is not None and self.gated:
-            # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
-            shift = F.softplus(shift)
-        nothing = torch.zeros_like(self.elastance_bias)
-        values = [getattr(self, name, nothing) for name in LrcParameters._fields[:-1]]
-        parameters = LrcParameters(*values, shift)
-        return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
-
-    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
-        config, time_step, reset = self.config, steps.time_step, steps.reset
-        if config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        currents = self.currents(inputs).split(config.state_size, dim=-1)
-        forget_input, update_input = currents[:2]
-        elastance_input = currents[2] if config.elastance_input else None
-        parameters = self.lrc_parameters()
-        shift = parameters.elastance_shift
-
-        if config.state_dependence == "input":
-            dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
-            drive, conductance = self.elastance_bias.to(dtype), self.leak_conductance.to(dtype)
-            if elastance_input is not None:
-                drive = drive + elastance_input
-            if shift is None:
-                rate = torch.sigmoid(drive)
-            else:
-                rate = torch.sigmoid(drive + shift) - torch.sigmoid(drive - shift)
-            if time_step is not None:
-                rate = rate * time_step.unsqueeze(-1)
-            decay = 1 - rate * torch.sigmoid(conductance + forget_input)
-            if reset is not None:
-                decay = decay.masked_fill(reset.unsqueeze(-1), 0)
-            update = rate * self.leak_potential * torch.tanh(conductance + update_input)
-            states = prefix_scan(decay.expand_as(update), update, initial_state, group=steps.group)
-            return states, states[:, -1]
-
-        return lrc_scan(
-            forget_input,
-            update_input,
-            parameters,
-            elastance_input=elastance_input,
-            initial_state=initial_state,
-            time_step=time_step,
-            reset=reset,
-            solver=config.solver,
-            backend=config.backend,
-            group=steps.group,
-        )
-
-
-class LrcSSMCellNeurons(nn.Module):
-    """A layer of D neurons of the cell `config.cell`, driven by an input of `input_size` channels.
-
-    One projection of the input is all of the cell's inputs, and the last state of every neuron is the layer's output.
-    """
-
-    def __init__(self, config: LrcSSMConfig, input_size: int):
-        super().__init__()
-        self.config = config
-        self.cell = REGISTERED[config.cell]
-        size = config.state_size
-        self.currents = nn.Linear(input_size, size * len(self.cell.inputs))
-        # Its own, not those of a dictionary: transformers takes a module without any to be initialised.
-        for name in self.cell.parameters:
-            self.register_parameter(f"cell_{name}", nn.Parameter(torch.empty(size)))
-        if config.sensory_activation == "sigmoid":
-            self.sensory_scale = nn.Parameter(torch.empty(input_size))
-            self.sensory_shift = nn.Parameter(torch.empty(input_size))
-
-    @torch.no_grad()
-    def init_weights(self):
-        """As the authors draw theirs; no bias."""
-        bound = self.config.state_size**-0.5
-        for parameter in (self.currents.weight, *self.cell_parameters().values()):
-            init.uniform_(parameter, -bound, bound)
-        init.zeros_(self.currents.bias)
-        if self.config.sensory_activation == "sigmoid":
-            bound = self.sensory_scale.numel() ** -0.5
-            init.uniform_(self.sensory_scale, -bound, bound)
-            init.uniform_(self.sensory_shift, -bound, bound)
-
-    def cell_parameters(self) -> dict[str, Tensor]:
-        """As `cell_scan` takes them, (D,) each."""
-        return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
-
-    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
-        config = self.config
-        if config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        currents = self.currents(inputs).split(config.state_size, dim=-1)
-        states, final_state = cell_scan(
-            self.cell,
-            dict(zip(self.cell.inputs, currents)),
-            self.cell_parameters(),
-            initial_state=initial_state,
-            time_step=steps.time_step,
-            reset=steps.reset,
-            solver=config.solver,
-            backend=config.backend,
-            group=steps.group,
-        )
-        return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
-
-
-def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSSMCellNeurons:
-    """The layer of neurons that the configuration asks for."""
-    return (LrcSSMNeurons if config.cell == "lrc" else LrcSSMCellNeurons)(config, input_size)
-
-
-class LrcSSMConvolution(nn.Module):
-    """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
-
-    A document start hides the steps before it. On a CPU this is several times faster than `nn.Conv1d`, which has to
-    move the channels first.
-    """
-
-    def __init__(self, size: int, kernel: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, kernel))
-        self.bias = nn.Parameter(torch.empty(size))
-
-    @torch.no_grad()
-    def init_weights(self):
-        """As `nn.Conv1d` draws its weights; no bias."""
-        bound = self.weight.shape[1] ** -0.5
-        init.uniform_(self.weight, -bound, bound)
-        init.zeros_(self.bias)
-
-    def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
-        """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
-        batch, length, size = inputs.shape
-        kernel = self.weight.shape[1]
-        document = None if steps.reset is None else F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
-        past = inputs.new_zeros(batch, kernel - 1, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
-        if steps.group is not None and kernel > 1:
-            last = self._last(torch.cat([past, inputs], dim=1), steps, document)
-            count = last.new_full((batch,), length, dtype=torch.long) if steps.lengths is None else steps.lengths
-            if document is not None:
-                count = torch.where(document[:, -1] > 0, kernel - 1, count)
-            past = steps_before(last, count, steps.group)
-        window = torch.cat([past, inputs], dim=1)
-        if length == 1 and document is None:
-            # Decoding: as few operations as can be.
-            return (window * self.weight.t()).sum(1, keepdim=True) + self.bias, self._last(window, steps, document).mT
-        outputs = inputs * self.weight[:, -1] + self.bias
-        for tap in range(kernel - 1):
-            tapped = window[:, tap : tap + length]
-            if document is not None:
-                tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
-            outputs = outputs + tapped * self.weight[:, tap]
-        return outputs, self._last(window, steps, document).transpose(1, 2)
-
-    def _last(self, window: Tensor, steps: LrcSSMSteps, document: Tensor | None) -> Tensor:
-        """The past of what comes after this call and continues its last document: the last K - 1 unmasked steps of that
-        document, (B, K - 1 + T, D) -> (B, K - 1, D)."""
-        batch, length, size = window.shape
-        past = self.weight.shape[1] - 1
-        if steps.lengths is None and document is None:
-            # A copy, so that the whole window is not kept for its end.
-            return window[:, length - past :].clone()
-        if steps.lengths is None:
-            last = torch.arange(length - past, length, device=window.device).expand(batch, -1)
-        else:
-            last = steps.lengths[:, None] + torch.arange(past, device=window.device)
-        taken = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
-        if document is None:
-            return taken
-        return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
-
-
-class LrcSSMMixer(nn.Module):
-    """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
-
-    def __init__(self, config: LrcSSMConfig):
-        super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
-        self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
-        self.act = ACT2FN[config.hidden_act]
-        self.neurons = make_neurons(config, config.state_size)
-        self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        steps: LrcSSMSteps,
-        conv_state: Tensor | None = None,
-        recurrent_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
-        branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        branch, conv_state = self.convolution(branch, conv_state, steps)
-        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps)
-        return self.out_proj(states.to(gate.dtype) * self.act(gate)), conv_state, recurrent_state
-
-
-class LrcSSMMLP(nn.Module):
-    """SwiGLU: down(act(gate(x)) * up(x))."""
-
-    def __init__(self, config: LrcSSMConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, H) -> (B, T, H)."""
-        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-# Blocks are functions of the states and no more: one that wrote to a cache would do it again when it is recomputed for
-# the gradients.
-
-
-class LrcSSMGatedBlock(GradientCheckpointingLayer):
-    """RMSNorm, mixer, residual; RMSNorm, SwiGLU, residual."""
-
-    def __init__(self, config: LrcSSMConfig):
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = LrcSSMMixer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = LrcSSMMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        steps: LrcSSMSteps,
-        conv_state: Tensor | None = None,
-        recurrent_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
-        mixed, *state = self.mixer(self.mixer_norm(hidden_states), steps, conv_state, recurrent_state)
-        hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), *state
-
-
-class LrcSSMPaperLinear(nn.Linear):
-    """A linear layer of the authors' MLPs: He-uniform weights, no initial bias."""
-
-
-class LrcSSMPaperMLP(nn.Sequential):
-    """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier."""
-
-    def __init__(self, input_size: int, intermediate_size: int, output_size: int):
-        super().__init__(
-            LrcSSMPaperLinear(input_size, intermediate_size),
-            nn.ReLU(),
-            LrcSSMPaperLinear(intermediate_size, output_size),
-        )
-
-
-class LrcSSMPaperBlock(GradientCheckpointingLayer):
-    """The authors' block: norm, neurons, residual and norm again, with the MLP after it (equal widths) or before."""
-
-    def __init__(self, config: LrcSSMConfig):
-        super().__init__()
-        self.equal_widths = config.hidden_size == config.state_size
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
-        self.neurons = make_neurons(config, config.hidden_size)
-        self.mlp = LrcSSMPaperMLP(config.state_size, config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        steps: LrcSSMSteps,
-        conv_state: Tensor | None = None,
-        recurrent_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H), (B, D, 0), (B, D) -> the same, after the steps."""
-        inputs = self.norm(hidden_states)
-        states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
-        conv_state = inputs.new_empty(inputs.shape[0], states.shape[-1], 0)
-        states = states.to(inputs.dtype)
-        if not self.equal_widths:
-            return self.norm(self.dropout(self.mlp(states)) + inputs), conv_state, recurrent_state
-        hidden_states = self.norm(states + inputs)
-        return self.dropout(self.mlp(hidden_states)) + hidden_states, conv_state, recurrent_state
-
-
-BLOCKS = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}
+from .steps import LrcSSMSteps
 
 
 class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
@@ -462,7 +72,7 @@ class LrcSSMPreTrainedModel(SavedStatesMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, nonlinearity="relu")
 
 
-class LrcSSMModel(LrcSSMPreTrainedModel):
+class LrcSSMModel(InputsMixin, LrcSSMPreTrainedModel):
     """The bare model: tokens or series in, hidden states out.
 
     Blocks between an embedding (of tokens) or a projection (of `config.num_channels` channels) and a last norm. States
@@ -581,45 +191,24 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             asked |= {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
             self._check_spread(**asked)
         name, values = self._one_input(input_ids=input_ids, inputs_embeds=inputs_embeds, input_values=input_values)
-        batch_size, length = values.shape[:2]
-        require_cache(cache, self.config, batch_size)
+        require_cache(cache, self.config, values.shape[0])
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        mask = self._step_mask(attention_mask, batch_size, length, cache)
-        if mask is not None and not is_spread and may_look(mask) and mask.all():
-            # Nothing is padding. Ranks have to do the same, and would have to ask each other.
-            mask = None
-        of_series = {
-            "observed_mask": observed_mask,
-            "time_features": time_features,
-            "static_real_features": static_real_features,
-            "statistics": statistics,
-        }
-        for argument, value in of_series.items():
-            if value is not None and name != "input_values":
-                raise ValueError(f"`{argument}` goes with `input_values`, not with `{name}`; leave it out.")
-        per_step = {"position_ids": position_ids, "time_deltas": time_deltas, "seq_idx": seq_idx}
-        for argument, value in per_step.items():
-            if value is not None and value.shape not in ((batch_size, length), (1, length)):
-                raise ValueError(f"`{argument}` must have shape {(batch_size, length)}, got {tuple(value.shape)}.")
-        if cu_seq_lens_q is not None:
-            seq_idx = documents_of(cu_seq_lens_q, batch_size, length)
-        reset = None if position_ids is None else (position_ids == 0).expand(batch_size, -1)
-        seq_idx = None if seq_idx is None else seq_idx.expand(batch_size, -1)
-        if time_deltas is not None:
-            dtype = torch.promote_types(time_deltas.dtype, torch.float32)
-            time_deltas = time_deltas.to(dtype).expand(batch_size, -1)
-            require_times(time_deltas, mask)
-
-        steps = LrcSSMSteps.of(mask, time_deltas, reset, seq_idx)._replace(group=context_parallel_group)
-        if name == "input_values":
-            continues = cache is not None and cache.has_previous_state()
-            self._check_rows(steps, length, continues)
-            values = self._prepare_series(values, mask, observed_mask, time_features, statistics, continues)
-            tokens, steps = steps.patch(steps.pack(values), self.config.patch_length)
-            hidden_states = self._add_static(self.encoder(tokens.to(self.dtype)), static_real_features)
-        else:
-            hidden_states = steps.pack(self._embed(name, values, mask))
+        hidden_states, steps = self._encode(
+            name,
+            values,
+            attention_mask,
+            position_ids,
+            cache,
+            observed_mask=observed_mask,
+            time_deltas=time_deltas,
+            time_features=time_features,
+            static_real_features=static_real_features,
+            statistics=statistics,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            group=context_parallel_group,
+        )
         backwards = steps.reversed() if self.config.bidirectional else None
         all_hidden_states = ()
         for index in range(self.config.num_hidden_layers):
@@ -642,156 +231,12 @@ class LrcSSMModel(LrcSSMPreTrainedModel):
             **{CACHE: cache if use_cache else None},
         )
 
-    def _check_spread(self, **asked: bool) -> None:
-        """Refuses what sequences spread over ranks do not go with: arguments, by name, and fields."""
-        config = self.config
-        for name, is_asked in asked.items():
-            if is_asked:
-                raise ValueError(
-                    f"`{name}` does not go with `context_parallel_group`; leave it out, and tell documents apart by "
-                    "`position_ids`."
-                )
-        fields = {"bidirectional": config.bidirectional, "patch_length": config.patch_length > 1}
-        for name, is_set in (fields | {"scaling": config.scaling is not None}).items():
-            if is_set:
-                raise ValueError(
-                    f"A model with `{name}` has to see whole sequences; leave out `context_parallel_group`, or make a "
-                    f"model without `{name}`."
-                )
-
-    def _one_input(self, **inputs: Tensor | None) -> tuple[str, Tensor]:
-        """Name and value of the one input that was given, its shape checked."""
-        given = {name: value for name, value in inputs.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"Pass exactly one of {', '.join(inputs)}; got {' and '.join(given) or 'none of them'}.")
-        name, value = next(iter(given.items()))
-        channels = self.config.num_channels
-        if name == "input_ids" and channels is not None:
-            raise ValueError(f"This model reads `input_values` of {channels} channels, not `input_ids`.")
-        if name == "input_values" and channels is None:
-            raise ValueError("This model reads `input_ids`; set `config.num_channels` for a model of series.")
-        if name == "inputs_embeds" and self.config.patch_length > 1:
-            raise ValueError(
-                f"This model reads `input_values` in patches of {self.config.patch_length} steps (`patch_length`), not "
-                "`inputs_embeds`."
-            )
-        width = {"input_ids": (), "inputs_embeds": (self.config.hidden_size,), "input_values": (channels,)}[name]
-        if value.dim() != 2 + len(width) or value.shape[2:] != width or value.numel() == 0:
-            shape = ", ".join(["batch", "steps", *map(str, width)])
-            raise ValueError(f"`{name}` must have shape ({shape}) and not be empty, got {tuple(value.shape)}.")
-        return name, value
-
-    def _step_mask(
-        self, attention_mask: Tensor | None, batch_size: int, length: int, cache: Cache | None
-    ) -> Tensor | None:
-        """The mask of this call's steps as bool (B, T)."""
-        if attention_mask is None:
-            return None
-        shape = tuple(attention_mask.shape)
-        continues = cache is not None and cache.has_previous_state()
-        if len(shape) != 2 or shape[0] != batch_size or (shape[1] != length and not (continues and shape[1] > length)):
-            raise ValueError(f"`attention_mask` must have shape {(batch_size, length)}, got {shape}.")
-        return as_mask("attention_mask", attention_mask[:, -length:])
-
-    def _embed(self, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, H)."""
-        if name == "input_ids":
-            if may_look(values):
-                low, high = (bound.item() for bound in values.aminmax())
-                if low < 0 or high >= self.config.vocab_size:
-                    raise ValueError(
-                        f"`input_ids` must be in [0, {self.config.vocab_size}), got {low} to {high}; "
-                        "is this the model's tokenizer?"
-                    )
-            return self.embed_tokens(values)
-        if mask is not None:
-            values = values.masked_fill(~mask.unsqueeze(-1), 0)
-        require_finite(name, values)
-        return values
-
-    def _check_rows(self, steps: LrcSSMSteps, length: int, continues: bool) -> None:
-        """What patches, statistics and forecasts ask of the rows of `input_values`."""
-        config = self.config
-        patch_length = config.patch_length
-        ask_for_one = {
-            "patch_length": patch_length > 1,
-            "scaling": config.scaling is not None,
-            "prediction_length": config.prediction_length is not None,
-        }
-        fields = [field for field, asks in ask_for_one.items() if asks]
-        if steps.reset is not None and fields:
-            raise ValueError(
-                f"`{fields[0]}` ({getattr(config, fields[0])}) is for one series in a row: give each series a row, "
-                "without `position_ids`, `seq_idx` and `cu_seq_lens_q`."
-            )
-        if not continues or patch_length == 1:
-            return
-        lengths = torch.tensor(length) if steps.lengths is None else steps.lengths
-        if may_look(lengths) and (lengths % patch_length).any():
-            raise ValueError(
-                f"`input_values` has {lengths.tolist()} unmasked steps, which must be multiples of `patch_length` "
-                f"({patch_length}) when the cache has read others before."
-            )
-
-    def _prepare_series(
-        self,
-        values: Tensor,
-        mask: Tensor | None,
-        observed_mask: Tensor | None,
-        time_features: Tensor | None,
-        statistics: tuple[Tensor, Tensor] | None,
-        continues: bool,
-    ) -> Tensor:
-        """Scaled values with zeros for what is missing, and the time features: (B, T, num_channels + features)."""
-        config = self.config
-        values, observed = observed_values(values, mask, observed_mask)
-        require_finite("input_values", values)
-        shape = (values.shape[0], 1, values.shape[2])
-        if statistics is not None:
-            if config.scaling is None:
-                raise ValueError("`statistics` are for a model with `scaling`; leave them out.")
-            if len(statistics) != 2 or any(statistic.shape != shape for statistic in statistics):
-                raise ValueError(
-                    f"`statistics` must be a mean and a standard deviation of shape {shape} each, got shapes "
-                    f"{[tuple(statistic.shape) for statistic in statistics]}."
-                )
-            mean, deviation = statistics
-            if may_look(deviation) and not (mean.isfinite() & deviation.isfinite() & (deviation > 0)).all():
-                raise ValueError(
-                    "`statistics` must be finite, and deviations positive, as `series_statistics` returns them; got "
-                    f"means {mean.flatten().tolist()} and deviations {deviation.flatten().tolist()}."
-                )
-        if config.scaling is not None:
-            if statistics is None and continues:
-                raise ValueError(
-                    "`scaling` needs the mean and deviation of the whole series, and the cache has read other "
-                    "values: pass `statistics`, as `series_statistics` returns them."
-                )
-            mean, deviation = series_statistics(values, observed) if statistics is None else statistics
-            values = ((values - mean) / deviation).masked_fill(~observed, 0)
-        expected = (*values.shape[:2], config.num_time_features)
-        features = require_features("time_features", time_features, expected)
-        if features is None:
-            return values
-        if mask is not None:
-            features = features.masked_fill(~mask.unsqueeze(-1), 0)
-        require_finite("time_features", features)
-        return torch.cat([values, features.to(values.dtype)], dim=-1)
-
-    def _add_static(self, hidden_states: Tensor, static_real_features: Tensor | None) -> Tensor:
-        expected = (hidden_states.shape[0], self.config.num_static_real_features)
-        features = require_features("static_real_features", static_real_features, expected)
-        if features is None:
-            return hidden_states
-        require_finite("static_real_features", features)
-        return hidden_states + self.static_encoder(features.to(hidden_states.dtype)).unsqueeze(1)
-
 
 # What heads pass on to the trunk.
 TRUNK_KEYWORDS = keywords(LrcSSMModel.forward)
 
 
-class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
+class LrcSSMForCausalLM(LrcSSMPreTrainedModel, RecurrentGenerationMixin):
     """The model with a language modelling head, and `generate`.
 
     `generate` takes batches padded on either side, and continues from a `cache` given the new tokens only. It goes
@@ -883,84 +328,6 @@ class LrcSSMForCausalLM(LrcSSMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
         )
-
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        return super().generate(*args, **rename_cache(kwargs, CACHE))
-
-    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
-        # The first of transformers' hooks that knows the mode; later ones would send the user to remote code.
-        if generation_mode in (GenerationMode.ASSISTED_GENERATION, GenerationMode.CONTRASTIVE_SEARCH):
-            raise ValueError(
-                f"{generation_mode.value.replace('_', ' ')} takes back tokens that were read, and a recurrent state "
-                "cannot be rolled back; use greedy decoding, sampling or beam search."
-            )
-        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Always raises a `ValueError`; so do `generate_batch` and `cache_implementation="paged"`, which start here."""
-        raise ValueError(
-            "Continuous batching pages keys and values, and a recurrent model has none; pad the prompts, on either "
-            "side, and call `generate` on the batch."
-        )
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        # `generate` asks the cache for its length, to cut known tokens off the prompt. A recurrent state has no length:
-        # with a cache, the prompt is the new tokens. The cache takes another way to `prepare_inputs_for_generation`.
-        if generation_config.prefill_chunk_size is not None:
-            raise ValueError(
-                "`prefill_chunk_size` is not supported: memory is linear in the prompt; to read it in pieces, call the "
-                f"model on each with `{CACHE}`, and `generate` on the last."
-            )
-        cache = model_kwargs.get(CACHE)
-        require_cache(cache, self.config)
-        if cache is not None and cache.has_previous_state():
-            if not model_kwargs.get("use_cache", True):
-                raise ValueError(f"`use_cache=False` would read the prompt again after `{CACHE}` has; leave it out.")
-            known, rows = cache.layers[0].recurrent_states[0].shape[0], input_ids.shape[0]
-            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            require_cache(cache, self.config, rows // copies if known > 1 else 1)
-            if known < rows:
-                cache = repeat_rows(cache, self.config, rows // known)
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name != CACHE}
-        return super()._prefill(
-            input_ids, generation_config, {**model_kwargs, "_recurrent_cache": cache}, *args, **kwargs
-        )
-
-    @takes_cache
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        cache: Cache | None = None,
-        _recurrent_cache: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As in transformers, except that a cache given to `generate` goes with the new tokens only: what it has read
-        is not to be passed again."""
-        # Generated tokens are never padding, and without a mask they need no packing.
-        if use_cache and not is_first_iteration:
-            attention_mask = None
-            # They belong to the last document of the prompt.
-            kwargs.pop("seq_idx", None)
-            kwargs.pop("cu_seq_lens_q", None)
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        cache = _recurrent_cache if cache is None else cache
-        if cache is not None and cache.has_previous_state():
-            # Positions counted from the start of the prompt would start a new document.
-            model_inputs.pop("position_ids", None)
-        model_inputs["cache"] = cache
-        return model_inputs
 
 
 class LrcSSMScoringModel(LrcSSMPreTrainedModel):

@@ -36,14 +36,14 @@ LEAKY, TURNING = Cell(_leaky), Cell(_turning, states=2)
 @pytest.fixture(autouse=True)
 def cells_of_our_own():
     before = dict(cells.REGISTERED)
-    register_cell("leaky", LEAKY)
+    register_cell("mine", LEAKY)
     register_cell("turning", TURNING)
     yield
     cells.REGISTERED.clear()
     cells.REGISTERED.update(before)
 
 
-every_name = pytest.mark.parametrize("name", ["gru", "mgu", "lstm", "leaky", "turning"])
+every_name = pytest.mark.parametrize("name", ["gru", "mgu", "lstm", "mine", "turning"])
 
 
 @every_name
@@ -140,9 +140,9 @@ def test_a_configuration_from_before_there_were_cells():
 
 
 def test_one_name_is_one_cell():
-    register_cell("leaky", LEAKY)
-    with pytest.raises(ValueError, match="'leaky' is that of another cell: .*_leaky"):
-        register_cell("leaky", TURNING)
+    register_cell("mine", LEAKY)
+    with pytest.raises(ValueError, match="'mine' is that of another cell: .*_leaky"):
+        register_cell("mine", TURNING)
     with pytest.raises(ValueError, match="must be a word, got 'a b'"):
         register_cell("a b", LEAKY)
     with pytest.raises(ValueError, match="must be a `Cell`, got function"):
@@ -150,8 +150,8 @@ def test_one_name_is_one_cell():
 
 
 def test_a_model_of_a_cell_that_is_not_registered(tmp_path):
-    make_model(cell="leaky").save_pretrained(tmp_path)
+    make_model(cell="mine").save_pretrained(tmp_path)
     code = f"from lrcssm_hf import LrcSSMForCausalLM; LrcSSMForCausalLM.from_pretrained({str(tmp_path)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode and "`cell` must be one of lrc, gru, mgu, lstm, got 'leaky'" in result.stderr
+    assert result.returncode and "`cell` must be one of lrc, gru, mgu, lstm, got 'mine'" in result.stderr
     assert "register_cell" in result.stderr

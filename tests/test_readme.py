@@ -13,11 +13,15 @@ import torch
 import lrcssm_hf
 import pretrain
 from lrcssm_hf import (
+    blocks,
     cell_compiler,
     cells,
     configuration_lrcssm,
     forecasting,
+    generation,
     host,
+    initialization,
+    inputs,
     modeling_lrcssm,
     recurrence,
     recurrent_cache,
@@ -109,7 +113,19 @@ def test_the_links_lead_somewhere():
 
 
 MODULES = [configuration_lrcssm, forecasting, host, modeling_lrcssm, recurrence]
-MODULES += [cell_compiler, cells, recurrent_cache, saved_states, series, solvers, steps]
+MODULES += [
+    blocks,
+    cell_compiler,
+    cells,
+    generation,
+    initialization,
+    inputs,
+    recurrent_cache,
+    saved_states,
+    series,
+    solvers,
+    steps,
+]
 
 
 @pytest.mark.parametrize("module", [configuration_lrcssm, modeling_lrcssm], ids=lambda module: module.__name__)

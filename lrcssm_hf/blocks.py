@@ -1,0 +1,335 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""What a layer is made of: neurons (`LrcSSMNeurons`, and `LrcSSMCellNeurons` of any other cell), the gated block's
+convolution, mixer and MLP, and the two blocks.
+
+Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel. Recurrent states are (B, D), or (B, n, D) for a
+cell of n states a neuron.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cells import REGISTERED
+from .configuration_lrcssm import LrcSSMConfig
+from .context_parallel import steps_before
+from .initialization import init_cell_neurons, init_lrc_neurons
+from .recurrence import LrcParameters, cell_scan, lrc_scan, prefix_scan
+from .stability import confine
+from .steps import LrcSSMSteps
+
+
+class LrcSSMNeurons(nn.Module):
+    """A layer of D liquid neurons with a diagonal recurrence, driven by an input of `input_size` channels.
+
+    The input passes through the sensory activation and one projection into the currents c, d and, with
+    `elastance_input`, q (paper, equations 7 to 10); `lrc_scan` solves the recurrence.
+    """
+
+    def __init__(self, config: LrcSSMConfig, input_size: int):
+        super().__init__()
+        self.config = config
+        self.gated = config.block_type == "gated"
+        size = config.state_size
+        self.currents = nn.Linear(input_size, size * (3 if config.elastance_input else 2), bias=False)
+        names = ["leak_conductance", "leak_potential", "elastance_bias"]
+        if config.state_dependence == "full":
+            names += ["activation_scale", "activation_shift", "forget_weight", "update_weight"]
+            if config.jacobian_bound is None:
+                names += ["elastance_weight"]
+        if config.elastance == "symmetric":
+            names += ["elastance_shift"]
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(size)))
+        if config.sensory_activation == "sigmoid":
+            self.sensory_scale = nn.Parameter(torch.empty(input_size))
+            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+
+    def init_weights(self):
+        """See `initialization.py`."""
+        init_lrc_neurons(self)
+
+    def lrc_parameters(self) -> LrcParameters:
+        """As `lrc_scan` takes them: 0 for a weight that the configuration leaves out, and with `jacobian_bound` no
+        larger than that allows."""
+        shift = getattr(self, "elastance_shift", None)
+        if shift is not None and self.gated:
+            # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
+            shift = F.softplus(shift)
+        nothing = torch.zeros_like(self.elastance_bias)
+        values = [getattr(self, name, nothing) for name in LrcParameters._fields[:-1]]
+        parameters = LrcParameters(*values, shift)
+        return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
+
+    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
+        config, time_step, reset = self.config, steps.time_step, steps.reset
+        if config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        currents = self.currents(inputs).split(config.state_size, dim=-1)
+        forget_input, update_input = currents[:2]
+        elastance_input = currents[2] if config.elastance_input else None
+        parameters = self.lrc_parameters()
+        shift = parameters.elastance_shift
+
+        if config.state_dependence == "input":
+            dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
+            drive, conductance = self.elastance_bias.to(dtype), self.leak_conductance.to(dtype)
+            if elastance_input is not None:
+                drive = drive + elastance_input
+            if shift is None:
+                rate = torch.sigmoid(drive)
+            else:
+                rate = torch.sigmoid(drive + shift) - torch.sigmoid(drive - shift)
+            if time_step is not None:
+                rate = rate * time_step.unsqueeze(-1)
+            decay = 1 - rate * torch.sigmoid(conductance + forget_input)
+            if reset is not None:
+                decay = decay.masked_fill(reset.unsqueeze(-1), 0)
+            update = rate * self.leak_potential * torch.tanh(conductance + update_input)
+            states = prefix_scan(decay.expand_as(update), update, initial_state, group=steps.group)
+            return states, states[:, -1]
+
+        return lrc_scan(
+            forget_input,
+            update_input,
+            parameters,
+            elastance_input=elastance_input,
+            initial_state=initial_state,
+            time_step=time_step,
+            reset=reset,
+            solver=config.solver,
+            backend=config.backend,
+            group=steps.group,
+        )
+
+
+class LrcSSMCellNeurons(nn.Module):
+    """A layer of D neurons of the cell `config.cell`, driven by an input of `input_size` channels.
+
+    One projection of the input is all of the cell's inputs, and the last state of every neuron is the layer's output.
+    """
+
+    def __init__(self, config: LrcSSMConfig, input_size: int):
+        super().__init__()
+        self.config = config
+        self.cell = REGISTERED[config.cell]
+        size = config.state_size
+        self.currents = nn.Linear(input_size, size * len(self.cell.inputs))
+        # Its own, not those of a dictionary: transformers takes a module without any to be initialised.
+        for name in self.cell.parameters:
+            self.register_parameter(f"cell_{name}", nn.Parameter(torch.empty(size)))
+        if config.sensory_activation == "sigmoid":
+            self.sensory_scale = nn.Parameter(torch.empty(input_size))
+            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+
+    def init_weights(self):
+        """See `initialization.py`."""
+        init_cell_neurons(self)
+
+    def cell_parameters(self) -> dict[str, Tensor]:
+        """As `cell_scan` takes them, (D,) each."""
+        return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
+
+    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
+        config = self.config
+        if config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        currents = self.currents(inputs).split(config.state_size, dim=-1)
+        states, final_state = cell_scan(
+            self.cell,
+            dict(zip(self.cell.inputs, currents)),
+            self.cell_parameters(),
+            initial_state=initial_state,
+            time_step=steps.time_step,
+            reset=steps.reset,
+            solver=config.solver,
+            backend=config.backend,
+            group=steps.group,
+        )
+        return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
+
+
+def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSSMCellNeurons:
+    """The layer of neurons that the configuration asks for."""
+    return (LrcSSMNeurons if config.cell == "lrc" else LrcSSMCellNeurons)(config, input_size)
+
+
+class LrcSSMConvolution(nn.Module):
+    """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
+
+    A document start hides the steps before it. On a CPU this is several times faster than `nn.Conv1d`, which has to
+    move the channels first.
+    """
+
+    def __init__(self, size: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, kernel))
+        self.bias = nn.Parameter(torch.empty(size))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """As `nn.Conv1d` draws its weights; no bias."""
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.zeros_(self.bias)
+
+    def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
+        batch, length, size = inputs.shape
+        kernel = self.weight.shape[1]
+        document = None if steps.reset is None else F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
+        past = inputs.new_zeros(batch, kernel - 1, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+        if steps.group is not None and kernel > 1:
+            last = self._last(torch.cat([past, inputs], dim=1), steps, document)
+            count = last.new_full((batch,), length, dtype=torch.long) if steps.lengths is None else steps.lengths
+            if document is not None:
+                count = torch.where(document[:, -1] > 0, kernel - 1, count)
+            past = steps_before(last, count, steps.group)
+        window = torch.cat([past, inputs], dim=1)
+        if length == 1 and document is None:
+            # Decoding: as few operations as can be.
+            return (window * self.weight.t()).sum(1, keepdim=True) + self.bias, self._last(window, steps, document).mT
+        outputs = inputs * self.weight[:, -1] + self.bias
+        for tap in range(kernel - 1):
+            tapped = window[:, tap : tap + length]
+            if document is not None:
+                tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
+            outputs = outputs + tapped * self.weight[:, tap]
+        return outputs, self._last(window, steps, document).transpose(1, 2)
+
+    def _last(self, window: Tensor, steps: LrcSSMSteps, document: Tensor | None) -> Tensor:
+        """The past of what comes after this call and continues its last document: the last K - 1 unmasked steps of that
+        document, (B, K - 1 + T, D) -> (B, K - 1, D)."""
+        batch, length, size = window.shape
+        past = self.weight.shape[1] - 1
+        if steps.lengths is None and document is None:
+            # A copy, so that the whole window is not kept for its end.
+            return window[:, length - past :].clone()
+        if steps.lengths is None:
+            last = torch.arange(length - past, length, device=window.device).expand(batch, -1)
+        else:
+            last = steps.lengths[:, None] + torch.arange(past, device=window.device)
+        taken = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+        if document is None:
+            return taken
+        return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
+
+
+class LrcSSMMixer(nn.Module):
+    """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
+        self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
+        self.act = ACT2FN[config.hidden_act]
+        self.neurons = make_neurons(config, config.state_size)
+        self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
+        branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        branch, conv_state = self.convolution(branch, conv_state, steps)
+        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps)
+        return self.out_proj(states.to(gate.dtype) * self.act(gate)), conv_state, recurrent_state
+
+
+class LrcSSMMLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+# Blocks are functions of the states and no more: one that wrote to a cache would do it again when it is recomputed for
+# the gradients.
+
+
+class LrcSSMGatedBlock(GradientCheckpointingLayer):
+    """RMSNorm, mixer, residual; RMSNorm, SwiGLU, residual."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = LrcSSMMixer(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = LrcSSMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
+        mixed, *state = self.mixer(self.mixer_norm(hidden_states), steps, conv_state, recurrent_state)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), *state
+
+
+class LrcSSMPaperLinear(nn.Linear):
+    """A linear layer of the authors' MLPs: He-uniform weights, no initial bias."""
+
+
+class LrcSSMPaperMLP(nn.Sequential):
+    """Linear, ReLU, Linear: the authors' encoder, block MLP and classifier."""
+
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int):
+        super().__init__(
+            LrcSSMPaperLinear(input_size, intermediate_size),
+            nn.ReLU(),
+            LrcSSMPaperLinear(intermediate_size, output_size),
+        )
+
+
+class LrcSSMPaperBlock(GradientCheckpointingLayer):
+    """The authors' block: norm, neurons, residual and norm again, with the MLP after it (equal widths) or before."""
+
+    def __init__(self, config: LrcSSMConfig):
+        super().__init__()
+        self.equal_widths = config.hidden_size == config.state_size
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
+        self.neurons = make_neurons(config, config.hidden_size)
+        self.mlp = LrcSSMPaperMLP(config.state_size, config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        steps: LrcSSMSteps,
+        conv_state: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H), (B, D, 0), (B, D) -> the same, after the steps."""
+        inputs = self.norm(hidden_states)
+        states, recurrent_state = self.neurons(inputs, recurrent_state, steps)
+        conv_state = inputs.new_empty(inputs.shape[0], states.shape[-1], 0)
+        states = states.to(inputs.dtype)
+        if not self.equal_widths:
+            return self.norm(self.dropout(self.mlp(states)) + inputs), conv_state, recurrent_state
+        hidden_states = self.norm(states + inputs)
+        return self.dropout(self.mlp(hidden_states)) + hidden_states, conv_state, recurrent_state
+
+
+BLOCKS = {"gated": LrcSSMGatedBlock, "paper": LrcSSMPaperBlock}
