@@ -216,6 +216,7 @@ def _(program, inputs, time_step, reset, initial_state, weights, *options):
 @torch.library.custom_op(f"{_NAMESPACE}::cell_scan_backward", mutates_args=())
 def _cell_scan_backward_op(
     grad_states: Tensor,
+    grad_final_state: Tensor | None,
     states: Tensor,
     program: str,
     inputs: Sequence[Tensor],
@@ -226,12 +227,12 @@ def _cell_scan_backward_op(
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Gradients of (inputs, time_step, initial_state, weights); that of an absent time step is an empty tensor."""
-    operands = (PROGRAMS[program], inputs, time_step, reset)
+    operands, incoming = (PROGRAMS[program], inputs, time_step, reset), (grad_states, grad_final_state)
     gradients = _by_kernels(
-        "cell_scan_backward", backend, weights, grad_states, states, *operands, initial_state, weights
+        "cell_scan_backward", backend, weights, *incoming, states, *operands, initial_state, weights
     )
     if gradients is None:
-        gradients = solve_backward(Problem.of(*operands, weights), grad_states, states, initial_state)
+        gradients = solve_backward(Problem.of(*operands, weights), *incoming, states, initial_state)
     by_inputs, by_time_step, by_initial_state, by_weights = gradients
     by_inputs = [gradient.to(x.dtype) for gradient, x in zip(by_inputs, inputs)]
     by_time_step = weights.new_empty(0) if time_step is None else by_time_step.to(time_step.dtype)
@@ -239,7 +240,7 @@ def _cell_scan_backward_op(
 
 
 @_cell_scan_backward_op.register_fake
-def _(grad_states, states, program, inputs, time_step, reset, initial_state, weights, backend):
+def _(grad_states, grad_final_state, states, program, inputs, time_step, reset, initial_state, weights, backend):
     by_time_step = weights.new_empty(0) if time_step is None else time_step.new_empty(time_step.shape)
     by_inputs = [x.new_empty(x.shape) for x in inputs]
     return by_inputs, by_time_step, initial_state.new_empty(initial_state.shape), weights.new_empty(weights.shape)
@@ -257,11 +258,11 @@ def _cell_scan_autograd(ctx, grad_states, grad_final_state, grad_info):
         raise NotImplementedError("Forward mode has to begin before a scan is called, not before going back only.")
     states, *operands = ctx.saved_tensors
     inputs, operands = operands[: ctx.count], operands[ctx.count :]
-    grad_states = torch.zeros_like(states) if grad_states is None else grad_states
-    if grad_final_state is not None:
-        grad_states = torch.cat([grad_states[:, :-1], (grad_states[:, -1] + grad_final_state).unsqueeze(1)], dim=1)
+    if grad_states is None:
+        # One row of zeros for all steps.
+        grad_states = states.new_zeros(states.shape[-1]).expand_as(states)
     by_inputs, by_time_step, by_initial_state, by_weights = _cell_scan_backward_op(
-        grad_states, states, ctx.program, inputs, *operands, ctx.backend
+        grad_states, grad_final_state, states, ctx.program, inputs, *operands, ctx.backend
     )
     by_time_step = None if operands[0] is None else by_time_step
     return None, by_inputs, by_time_step, None, by_initial_state, by_weights, None, None, None

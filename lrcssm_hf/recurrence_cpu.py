@@ -353,7 +353,7 @@ def forward(inputs, time_steps, resets, initial, weights, states, blocks, width,
 # for a number of steps and then in float64.
 _BACKWARD = """
 def backward(
-    grads, trajectory, inputs, time_steps, resets, initial, weights,
+    grads, grad_final, trajectory, inputs, time_steps, resets, initial, weights,
     grad_inputs, grad_time_steps, grad_initial, grad_weights, blocks, width, start, stop,
 ):
     $unpack_inputs
@@ -367,6 +367,8 @@ def backward(
             _load(s, k * _WIDTH, weights[k], first, count)
             grad_weights[b, k, first : first + count] = 0
         s[$first_adjoint * _WIDTH : $first_gradient * _WIDTH] = 0
+        for i in range($states):
+            _load(s, ($first_adjoint + i) * _WIDTH, grad_final[b, i], first, count)
         for t in range(steps - 1, -1, -1):
             is_reset = fresh[b * fresh_b + t * fresh_t]
             if is_reset:
@@ -620,7 +622,7 @@ def cell_scan_cpu(
 
 
 def cell_scan_backward_cpu(
-    grad_states, states, program: Program, inputs, time_step, reset, initial_state, weights
+    grad_states, grad_final_state, states, program: Program, inputs, time_step, reset, initial_state, weights
 ) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
     batch, steps, size = inputs[0].shape
@@ -631,6 +633,7 @@ def cell_scan_backward_cpu(
     grad_weights = weights.new_empty(batch, *weights.shape, dtype=torch.float64)
     arguments = (
         tuple(_rows(grad) for grad in grad_states.unbind(2)),
+        torch.zeros_like(initial_state).numpy() if grad_final_state is None else grad_final_state.contiguous().numpy(),
         states.numpy(),
         *_operands(inputs, time_step, reset, initial_state, weights),
         tuple(gradient.numpy() for gradient in grad_inputs),

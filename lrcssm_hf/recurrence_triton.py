@@ -808,7 +808,7 @@ def cell_scan_triton(
 
 
 def cell_scan_backward_triton(
-    grad_states, states, program: Program, inputs, time_step, reset, initial_state, weights
+    grad_states, grad_final_state, states, program: Program, inputs, time_step, reset, initial_state, weights
 ) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
     batch, steps, size = inputs[0].shape
@@ -826,6 +826,7 @@ def cell_scan_backward_triton(
     grad_initial = torch.empty_like(initial)
     grad_weights = weights.new_empty(batch, chunks, *weights.shape)
     incoming = weights.new_zeros(batch, chunks, program.states, size)
+    final = None if grad_final_state is None else grad_final_state.contiguous()
 
     def adjoint(incoming, products, reduce):
         kernels.adjoint[(batch * chunks * blocks,)](
@@ -840,7 +841,9 @@ def cell_scan_backward_triton(
                 products = weights.new_empty(batch, chunks, program.states, program.states, size)
                 ends = torch.empty_like(incoming)
                 adjoint(ends, products, True)
-                _find_starts(products, ends, None, incoming, None, reverse=True)
+                _find_starts(products, ends, final, incoming, None, reverse=True)
+            elif final is not None:
+                incoming[:, 0] = final
             adjoint(incoming, None, False)
     return grad_inputs, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 

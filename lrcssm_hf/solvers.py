@@ -230,8 +230,11 @@ def solve(
     return solve_sequential(problem, length, initial_state), ScanInfo(solver, iterations, residual, True)
 
 
-def solve_backward(problem: Problem, grad_states: Tensor, states: Tensor, initial_state: Tensor) -> tuple:
-    """The gradients of inputs (B, T, D), time step (B, T) or None, initial state and weights (P, D).
+def solve_backward(
+    problem: Problem, grad_states: Tensor, grad_final_state: Tensor | None, states: Tensor, initial_state: Tensor
+) -> tuple:
+    """The gradients of inputs (B, T, D), time step (B, T) or None, initial state and weights (P, D), from those of the
+    states and, beside them, of the last.
 
     The adjoint lam_t = g_t + J_{t+1}^T lam_{t+1} is linear: everything but one reverse scan is elementwise.
     """
@@ -243,8 +246,10 @@ def solve_backward(problem: Problem, grad_states: Tensor, states: Tensor, initia
     count, inputs = problem.program.states, len(problem.inputs)
     previous = shift(states, initial_state)
     blocks = problem.linearise(previous)[1].transpose(-3, -2)
-    following = torch.cat([blocks[:, 1:], torch.zeros_like(blocks[:, :1])], dim=1)
-    adjoint = linear_scan.scan(following, grad_states, torch.zeros_like(initial_state), reverse=True)
+    # What comes to the last step from after it is not multiplied by any Jacobian.
+    following = torch.cat([blocks[:, 1:], identity(initial_state).unsqueeze(1)], dim=1)
+    later = torch.zeros_like(initial_state) if grad_final_state is None else grad_final_state
+    adjoint = linear_scan.scan(following, grad_states, later, reverse=True)
     gradients = problem.evaluate("adjoint", problem.after_reset(previous), *adjoint.unbind(-2))
     by_inputs, by_rest = gradients[count:][:inputs], gradients[count + inputs :]
     by_weights = [gradient.sum((0, 1)) for gradient in by_rest[: len(problem.weights)]]

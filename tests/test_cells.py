@@ -165,7 +165,9 @@ def test_operators_are_what_compilers_expect(full, cell):
     torch.library.opcheck(recurrence._cell_scan_op, (*operands, "auto", "auto", 1e-6))
     states = recurrence._cell_scan_op(*operands, "auto", "auto", 1e-6)[0].detach()
     detached = (operands[0], [x.detach() for x in operands[1]], *[None if x is None else x.detach() for x in steps])
-    torch.library.opcheck(recurrence._cell_scan_backward_op, (torch.ones_like(states), states, *detached, "auto"))
+    torch.library.opcheck(
+        recurrence._cell_scan_backward_op, (torch.ones_like(states), initial.detach(), states, *detached, "auto")
+    )
 
 
 @some_cells

@@ -390,7 +390,9 @@ def test_operators_are_what_compilers_expect(backend, time_dtype):
     torch.library.opcheck(recurrence._cell_scan_op, (program, inputs, *steps, "auto", backend, 1e-6))
     states = recurrence._cell_scan_op(program, inputs, *steps, "auto", backend, 1e-6)[0].detach()
     detached = (program, [x.detach() for x in inputs], *[x.detach() for x in steps])
-    torch.library.opcheck(recurrence._cell_scan_backward_op, (torch.ones_like(states), states, *detached, backend))
+    torch.library.opcheck(
+        recurrence._cell_scan_backward_op, (torch.ones_like(states), None, states, *detached, backend)
+    )
     scan_arguments = (torch.rand(2, 40, 5, requires_grad=True), forget_input, options["initial_state"], True)
     torch.library.opcheck(recurrence._prefix_scan_op, scan_arguments)
 
