@@ -6,6 +6,7 @@
 has five parts, any of which `--parts` selects:
 
     layer      the recurrence against moving its data, and against other recurrences and solvers
+    cells      every cell by `cell_scan`, and GRUs of several packages
     prefix     the linear scan against moving its data
     solvers    every solver against sequence length, at several widths
     training   tokens per second of a training step, against Mamba and Llama of the same size
@@ -21,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
+import functools
 import importlib
 import importlib.metadata
 import itertools
@@ -45,7 +48,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from lrcssm_hf import LrcParameters, LrcSSMConfig, LrcSSMForCausalLM, lrc_scan, prefix_scan
+from lrcssm_hf import (
+    Cell,
+    LrcParameters,
+    LrcSSMConfig,
+    LrcSSMForCausalLM,
+    cell_scan,
+    cells,
+    lrc_scan,
+    prefix_scan,
+)
 from lrcssm_hf.host import CACHE
 
 
@@ -58,8 +70,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-PARTS = ("layer", "prefix", "solvers", "training", "decoding")
-PACKAGES = ("torch", "triton", "numba", "transformers", "ncps", "flash-linear-attention", "accelerated-scan")
+PARTS = ("layer", "cells", "prefix", "solvers", "training", "decoding")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numba",
+    "transformers",
+    "ncps",
+    "flash-linear-attention",
+    "accelerated-scan",
+    "pararnn-torch",
+)
 # What Mamba takes, where it is installed, in place of its loop in Python.
 PACKAGES += ("mamba-ssm", "causal-conv1d", "kernels")
 
@@ -69,6 +90,13 @@ LAYER_SHAPES = {
     "cuda": [(8, 4096, 2048), (2, 32768, 1024), (1, 262144, 256)],
     "quick": [(2, 96, 16), (1, 256, 8)],
 }
+CELL_SHAPES = {
+    "cpu": [(4, 4096, 64), (8, 2048, 512)],
+    "cuda": [(8, 4096, 2048), (2, 32768, 1024)],
+    "quick": [(2, 96, 16)],
+}
+# A GRU with its projection of the input, and one whose own weights are of order 3.
+GRU_SHAPE = {"cpu": (4, 4096, 64), "cuda": (8, 4096, 1024), "quick": (2, 96, 16)}
 PREFIX_SHAPES = {**LAYER_SHAPES, "cuda": [(8, 65536, 192), (8, 4096, 1536)]}
 SOLVER_WIDTHS = [(1, 64), (4, 256), (16, 1024), (32, 2048)]  # batch, state
 SOLVER_ELEMENTS = {"cpu": 2**24, "cuda": 2**28, "quick": 2**18}
@@ -169,7 +197,9 @@ def optional(module: str, name: str, make: Callable[[Callable], Callable]) -> Ca
     """The contender that `make` makes of another package's function; or why there is none."""
     try:
         contender = make(getattr(importlib.import_module(module), name))
-        if torch.cuda.is_available():  # Compiled packages fail in ways of their own, and must not end the run.
+        if torch.cuda.is_available() and callable(
+            contender
+        ):  # Compiled packages fail in ways of their own, and must not end the run.
             contender()
         return contender
     except ModuleNotFoundError:
@@ -210,6 +240,10 @@ def points(part: str, scale: str) -> list[dict]:
         shapes, inputs = (LAYER_SHAPES, ({}, {"elastance_input": True})) if part == "layer" else (PREFIX_SHAPES, ({},))
         choices = itertools.product((False, True), shapes[scale], inputs)
         return [{"shape": shape, "backward": backward, **extra} for backward, shape, extra in choices]
+    if part == "cells":
+        choices = itertools.product((False, True), CELL_SHAPES[scale])
+        every = [{"shape": shape, "backward": backward} for backward, shape in choices]
+        return [*every, *({"shape": GRU_SHAPE[scale], "gru": kind} for kind in ("times", "errors"))]
     if part == "solvers":
         choices = itertools.product(SOLVER_WIDTHS, range(8, 11 if quick else 19, 2))
         shapes = [(batch, 2**power, size) for (batch, size), power in choices]
@@ -285,6 +319,100 @@ def layer(bench: Bench, shape: tuple, backward: bool, elastance_input: bool = Fa
         record["peak_bytes"] = torch.cuda.max_memory_allocated() - before + input_bytes
         record["floor_bytes"] = 2 * input_bytes + state_bytes
     return record
+
+
+def every_cell(bench: Bench, shape: tuple, backward: bool = True, gru: str | None = None) -> dict:
+    """Cells beside each other in multiples of copying what each has to move; or GRUs of several packages."""
+    if gru is not None:
+        return {"times": gru_times, "errors": gru_errors}[gru](bench, shape)
+    contenders, moved = {"copying a tensor": copies(shape, 1, bench.device)}, {"copying a tensor": 1}
+    for recurrence in (value for value in vars(cells).values() if isinstance(value, Cell)):
+        name, count = recurrence.name, len(recurrence.states)
+        with torch.device(bench.device):
+            inputs = {each: torch.randn(shape) for each in recurrence.inputs if each not in recurrence.defaults}
+            parameters = {each: 0.3 * torch.randn(shape[-1]) for each in recurrence.parameters}
+            cotangent = torch.randn(*shape[:2], *[count] * (count > 1), shape[-1])
+        scan = functools.partial(cell_scan, recurrence, inputs, parameters)
+        leaves = [*inputs.values(), *parameters.values()]
+        contenders[name] = timed(lambda scan=scan: scan()[0], leaves, cotangent, backward)
+        # Forward inputs and states; backward these, the states' cotangent, and the inputs' gradients.
+        moved[name] = (len(inputs) + count) * (3 if backward else 1)
+    results = bench.measure(contenders)
+    once = results["copying a tensor"]["ms"]
+    for name, result in results.items():
+        result["ratio"] = result["ms"] / once / moved[name]
+    title = "All cells, forward and backward" if backward else "All cells, forward"
+    return {"table": title, "column": " x ".join(map(str, shape)), "results": results}
+
+
+def diagonal_gru(weight: float, size: int, device: str) -> tuple[torch.nn.Linear, dict[str, Tensor]]:
+    """The projection to a GRU's inputs, and its own weights, of order `weight`."""
+    projection = torch.nn.Linear(size, 3 * size, device=device)
+    names = cells.GRU.parameters
+    return projection, {name: (weight * torch.randn(size, device=device)).requires_grad_() for name in names}
+
+
+def scan_gru(x: Tensor, projection: torch.nn.Linear, parameters: dict[str, Tensor], **options) -> Tensor:
+    inputs = dict(zip(cells.GRU.inputs, projection(x).chunk(3, -1)))
+    return cell_scan(cells.GRU, inputs, parameters, **options)[0]
+
+
+def para_gru(package: Callable, projection: torch.nn.Linear, parameters: dict[str, Tensor]) -> torch.nn.Module:
+    """pararnn-torch's layer of the same weights; its order is update, reset, candidate."""
+    size, names = projection.in_features, tuple(parameters)
+    gru = importlib.import_module("pararnn").ParaGRU(size, size, max_recurrent_norm=None)
+    layer = package(gru).to(projection.weight.device).train()
+    own, (reset, update, candidate) = layer.layers[0], names
+    with torch.no_grad():
+        for target, source in ((own.W_x.weight, projection.weight), (own.W_x.bias, projection.bias)):
+            of_reset, of_update, of_candidate = source.chunk(3)
+            target.copy_(torch.cat([of_update, of_reset, of_candidate]))
+        for target, name in ((own.a_z, update), (own.a_r, reset), (own.a_n, candidate)):
+            target.copy_(parameters[name])
+    return layer
+
+
+def gru_times(bench: Bench, shape: tuple) -> dict:
+    size = shape[-1]
+    x, cotangent = torch.randn(shape, device=bench.device), torch.randn(shape, device=bench.device)
+    projection, parameters = diagonal_gru(0.3, size, bench.device)
+    leaves = [x, *projection.parameters(), *parameters.values()]
+
+    def layer(rnn: torch.nn.Module) -> Callable:
+        def states() -> Tensor:
+            outputs = rnn(x)
+            return outputs[0] if isinstance(outputs, tuple) else outputs
+
+        return timed(states, [x, *rnn.parameters()], cotangent, True)
+
+    contenders = {
+        "cell_scan": timed(lambda: scan_gru(x, projection, parameters), leaves, cotangent, True),
+        "pararnn-torch": optional("pararnn", "ParaRNN", lambda para: layer(para_gru(para, projection, parameters))),
+        "torch.nn.GRU": layer(torch.nn.GRU(size, size, batch_first=True, device=bench.device)),
+    }
+    record = compared(shape, True, bench.measure(contenders))
+    return record | {"table": "GRU with its projections, forward and backward"}
+
+
+@torch.no_grad()
+def gru_errors(bench: Bench, shape: tuple) -> dict:
+    """The largest difference to the definition in float64, of float32 states, at weights of order 3."""
+    x = torch.randn(shape, device=bench.device)
+    projection, parameters = diagonal_gru(3.0, shape[-1], bench.device)
+    wide = copy.deepcopy(projection).double(), {name: weight.double() for name, weight in parameters.items()}
+    exact = scan_gru(x.double(), *wide, solver="sequential", backend="torch")
+
+    def error(rnn: Callable) -> str:
+        return f"{(rnn(x) - exact).abs().max().item():.1e}"
+
+    results = {
+        "cell_scan": {"note": error(lambda x: scan_gru(x, projection, parameters))},
+        "pararnn-torch": {
+            "note": optional("pararnn", "ParaRNN", lambda para: error(para_gru(para, projection, parameters)))
+        },
+    }
+    title = "GRU with weights of order 3: largest error"
+    return {"table": title, "column": " x ".join(map(str, shape)), "results": results}
 
 
 def prefix(bench: Bench, shape: tuple, backward: bool) -> dict:
@@ -541,7 +669,10 @@ def write(results: dict[str, dict], folder: Path, stem: str) -> None:
     os.replace(partial, folder / f"{stem}.json")
     records = {name: results[name]["records"] for name in PARTS if name in results}
     lines = ["Median times, by scripts/bench_recurrence.py. Shapes: batch x steps x state, `+ q` with elastance input."]
-    lines += ["Multiples are of a table's first row; a solver is followed by its iterations.\n"]
+    lines += [
+        "Multiples are of a table's first row, with all cells of copying the tensors that a cell moves; a solver is"
+    ]
+    lines += ["followed by its iterations.\n"]
     for name, panels in pictures(records).items():
         if panels:
             plot(panels, folder / f"{stem}_{name}.png")
@@ -575,7 +706,14 @@ def main() -> None:
     stem = f"recurrence_{bench.device}"
     path = folder / f"{stem}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    measures = {"layer": layer, "prefix": prefix, "solvers": solvers, "training": training, "decoding": decoding}
+    measures = {
+        "layer": layer,
+        "cells": every_cell,
+        "prefix": prefix,
+        "solvers": solvers,
+        "training": training,
+        "decoding": decoding,
+    }
     for part in parts:
         todo = tqdm(points(part, bench.scale), desc=part, unit="point")
         records = [point | measures[part](bench, **point) for point in todo]
