@@ -197,7 +197,7 @@ def _cell_scan_op(
     operands = (PROGRAMS[program], inputs, time_step, reset)
     results = _by_kernels("cell_scan", backend, weights, *operands, initial_state, weights, solver, tolerance)
     if results is None:
-        problem = Problem.of(*operands, weights)
+        problem = Problem.of(*operands, weights.unbind(), weights.dtype)
         states, info = solve(problem, inputs[0].shape[1], initial_state, solver, tolerance)
         numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
         results = states, torch.tensor(numbers, dtype=torch.float32, device=weights.device)
@@ -232,7 +232,8 @@ def _cell_scan_backward_op(
         "cell_scan_backward", backend, weights, *incoming, states, *operands, initial_state, weights
     )
     if gradients is None:
-        gradients = solve_backward(Problem.of(*operands, weights), *incoming, states, initial_state)
+        problem = Problem.of(*operands, weights.unbind(), weights.dtype)
+        gradients = solve_backward(problem, *incoming, states, initial_state)
     by_inputs, by_time_step, by_initial_state, by_weights = gradients
     by_inputs = [gradient.to(x.dtype) for gradient, x in zip(by_inputs, inputs)]
     by_time_step = weights.new_empty(0) if time_step is None else by_time_step.to(time_step.dtype)
@@ -384,26 +385,26 @@ def _scan(
     batch, count, size = initial_state.shape
     length = inputs[0].shape[1]
     weights = [parameter.to(initial_state.dtype) for parameter in parameters]
-    weights = torch.stack(weights) if weights else initial_state.new_empty(0, size)
     if solver not in ("auto", "sequential"):
         if backend == "cpu":
             raise ValueError(f"backend 'cpu' solves sequentially, not by {solver!r}: use solver or backend 'auto'.")
-        if backend == "auto" and weights.device.type == "cpu":
+        if backend == "auto" and initial_state.device.type == "cpu":
             backend = "torch"
     if backend not in ("auto", "torch"):
-        _require_kernels("cell_scan", backend, weights)
+        _require_kernels("cell_scan", backend, initial_state)
 
     if length == 0:
         return initial_state.new_empty(batch, 0, count, size), initial_state, ScanInfo(solver, 0, 0.0, False)
     if is_transformed():
-        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights)
+        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights, initial_state.dtype)
         states = solve_sequential(problem, length, initial_state)
         return states, states[:, -1].clone(), ScanInfo("sequential", 1, 0.0, False)
     if length == 1 and not return_info and not torch.is_grad_enabled():
         # Decoding: one plain step, which compilers can fuse with its neighbours.
-        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights)
+        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights, initial_state.dtype)
         states = problem.advance(initial_state.unsqueeze(1))
         return states, states[:, -1].clone(), None
+    weights = torch.stack(weights) if weights else initial_state.new_empty(0, size)
     states, final_state, log = _cell_scan_op(
         key, inputs, time_step, reset, initial_state, weights, solver, backend, tolerance
     )

@@ -51,15 +51,15 @@ class Problem(NamedTuple):
     weights: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, program: Program, inputs, time_step, reset, weights: Tensor) -> Problem:
-        """Of an operator's operands: `time_step` and `reset` (B, T), weights (P, D) in the working dtype."""
-        inputs = [x.to(weights.dtype) for x in inputs]
+    def of(cls, program: Program, inputs, time_step, reset, weights, dtype: torch.dtype) -> Problem:
+        """Of an operator's operands: `time_step` and `reset` (B, T), weights (D,) each, and the working dtype."""
+        inputs = [x.to(dtype) for x in inputs]
         if time_step is not None:
-            time_step = time_step.to(weights.real.dtype).unsqueeze(-1)
+            time_step = time_step.to(inputs[0].real.dtype).unsqueeze(-1)
             # What a step of no time would have read must not matter, not even to the gradients, where 0 * NaN is NaN.
             inputs = [torch.where((time_step == 0) & ~x.isfinite(), 0, x) for x in inputs]
         reset = None if reset is None else reset.unsqueeze(-1)
-        return cls(program, tuple(inputs), time_step, reset, tuple(weights.unbind()))
+        return cls(program, tuple(inputs), time_step, reset, tuple(weights))
 
     def at(self, step: int) -> Problem:
         """The operands of one step, without the time axis (the last but one)."""
