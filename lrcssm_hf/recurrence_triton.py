@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, fill, operands
 from .operators import SOLVERS, Kernels
-from .solvers import last_changes
+from .solvers import gathered_rounding, last_changes
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -58,7 +58,7 @@ _SHORTEST_CHUNK = 64
 # Sweeps launched before the sequential solver takes over. Contracting recurrences need two or three.
 _MAX_SWEEPS = 6
 _MAX_NEWTON_ITERATIONS = tl.constexpr(30)
-# The smallest number a residual is measured against, as in `solvers._residual`.
+# The smallest number a residual is measured against, as in `solvers._largest`.
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -92,12 +92,10 @@ def _compose(factor_1, addend_1, factor_2, addend_2):
 
 
 @triton.jit
-def _residual(state, previous, target):
-    """`solvers._residual`, elementwise."""
-    scale = tl.maximum(tl.maximum(tl.abs(state), tl.abs(previous)), _TINY)
-    error = tl.abs(state - target) / scale
-    # Anything that is not a number is no solution: it must not compare as small.
-    return tl.where(_finite(error), error, float("inf"))
+def _relative(error, scale):
+    """`solvers._largest`, elementwise. What is not a number is no solution, and must not compare as small."""
+    error = tl.abs(error) / tl.maximum(scale, _TINY)
+    return tl.where(_finite(error) & _finite(scale), error, float("inf"))
 
 
 # --- What all cells share -------------------------------------------------------------------------------------------
@@ -269,12 +267,13 @@ def linearise($states, $inputs, time_step, fresh$weights):
 
 @triton.jit
 def sweep(
-    $in_pointers, dt, reset, weights, starts, trajectory, products, log,
+    $in_pointers, dt, reset, weights, starts, trajectory, products, amplitudes, log,
     $in_strides, steps, size, chunk, chunks, blocks, batch, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian.
+    """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian,
+    and the size of its states in `amplitudes`.
 
-    starts (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
+    starts, amplitudes (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
     is_channel = channel < size
@@ -288,6 +287,7 @@ def sweep(
     entry = b * chunks + index
     $load_starts
     $identity
+    $zero_amplitudes
     for t in tl.range(first, last, num_stages=_STAGES):
         $inputs, time_step, fresh = load_step(
             $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, True, DTYPE
@@ -295,27 +295,36 @@ def sweep(
         $states, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
         if products is not None:
             $products = $jacobian_times_products
+            $amplitudes = $larger_amplitudes
         $store_states
     if products is not None:
         ran = channel < tl.where(last > first, size, 0)
         $store_products
+        $store_amplitudes
 
 
 @triton.jit
 def stitch(
-    $in_pointers, dt, reset, weights, starts, trajectory, products, log,
-    $in_strides, steps, size, chunk, chunks, blocks, batch, tolerance,
+    starts, trajectory, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch, tolerance, gathered,
     BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """Checks the step into every chunk, and corrects the starts by Newton's method on the boundaries."""
+    """Finds how far the starts of the chunks are off, and corrects them by Newton's method on the boundaries.
+
+    `gathered` is what the rounding of a chunk may be, `solvers.gathered_rounding`.
+    """
     b, _, block, channel = _program(1, blocks, BLOCK)
-    is_channel = channel < size
-    $load_weights
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
     log_entry = log + b * blocks + block
     plane = batch * blocks
     if tl.load(log_entry + 2 * plane) != 0:
+        $zero_largest
+        for tile in range(0, chunks, TILE):
+            index = tile + row
+            inside = (index < chunks) & (channel < size)
+            entry = b * chunks + index
+            $load_amplitudes
+            $find_largest
         worst = tl.zeros([TILE, BLOCK], DTYPE)
         $zero_carries
         for tile in range(1, chunks, TILE):
@@ -324,20 +333,16 @@ def stitch(
             t = index * chunk
             entry = b * chunks + index
             $load_boundaries
-            $inputs, time_step, fresh = load_step(
-                $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, index < chunks, DTYPE
-            )
-            $targets, $jacobian = linearise($ends, $inputs, time_step, fresh$weights)
-            $worst_of_boundaries
             $products = $finite_products
             $mismatches = $finite_mismatches
             $factors, $corrections = tl.associative_scan(($products, $mismatches), 0, compose)
             $add_carries
+            $worst_of_boundaries
             # The end, not the start, plus what is left: exact as soon as the chunk before has been exact.
             $store_corrected
             $keep_corrections
             $finite_carries
-        residual = tl.max(tl.max(worst, 1), 0)
+        residual = tl.max(tl.max(worst, 1), 0) / gathered
         tl.store(log_entry, tl.load(log_entry) + 1.0)
         tl.store(log_entry + plane, residual.to(tl.float32))
         tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
@@ -374,7 +379,7 @@ def newton(
                 $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, t < steps, DTYPE
             )
             $targets, $jacobian = linearise($ends, $inputs, time_step, fresh$weights)
-            $worst_of_boundaries
+            $worst_of_steps
             $factors, $corrections = tl.associative_scan(($jacobian, $shortfalls), 0, compose)
             $add_carries
             $store_improved
@@ -503,20 +508,30 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
             f"correction{i} += {x}" for i, x in enumerate(sums("_carried(factor{i}_{j}, carry{j}[None, :])"))
         ],
         "keep_corrections": each("carry{i} = " + last_row_of("correction{i}", "row == TILE - 1")),
-        # Residuals at boundaries, or at all steps.
-        "worst_of_boundaries": each(
-            "worst = tl.maximum(worst, tl.where(inside, _residual(state{i}, end{i}, target{i}), 0.0))"
-        ),
         # sweep
         "load_starts": each(_load("state{i}", "starts + " + at("entry"))),
         "store_states": each(_store(trajectory, "state{i}")),
+        "amplitudes": each("amplitude{i}"),
+        "zero_amplitudes": each("amplitude{i} = tl.zeros([BLOCK], DTYPE)"),
+        "larger_amplitudes": each("tl.maximum(amplitude{i}, tl.abs(state{i}))"),
+        "store_amplitudes": each(_store("amplitudes + " + at("entry"), "amplitude{i}", "ran")),
         "store_products": each_pair(_store("products + " + block_at("entry"), "product{i}_{k}", "ran")),
         # stitch
+        "zero_largest": each("largest{i} = tl.zeros([BLOCK], DTYPE)"),
+        "load_amplitudes": each(_load("amplitude{i}", "amplitudes + " + at("entry"))),
+        "find_largest": each("largest{i} = tl.maximum(largest{i}, tl.max(amplitude{i}, 0))"),
         "load_boundaries": [
-            *each(_load("state{i}", trajectory)),
             *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"))),
             *each(_load("start{i}", "starts + " + at("entry"))),
             *each_pair(_load("product{i}_{k}", "products + " + block_at("entry - 1"))),
+            *each(_load("amplitude{i}", "amplitudes + " + at("entry"))),
+            *each(_load("before{i}", "amplitudes + " + at("entry - 1"))),
+        ],
+        "worst_of_boundaries": [
+            *each("missed{i} = _relative(mismatch{i}, tl.minimum(amplitude{i}, before{i}))"),
+            *each("off{i} = tl.maximum(missed{i}, _relative(correction{i}, largest{i}[None, :]))"),
+            *each("off{i} = tl.where(_finite(end{i}), off{i}, float('inf'))"),
+            *each("worst = tl.maximum(worst, tl.where(inside, off{i}, 0.0))"),
         ],
         "finite_products": each_pair("tl.where(_finite(product{i}_{k}), product{i}_{k}, 0.0)"),
         "finite_mismatches": each("tl.where(inside & _finite(end{i}), end{i} - start{i}, 0.0)"),
@@ -533,6 +548,10 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
             *each("end{i} = tl.where(t == 0, initial{i}[None, :], end{i})"),
         ],
         "shortfalls": each("target{i} - state{i}"),
+        "worst_of_steps": [
+            *each("off{i} = _relative(state{i} - target{i}, tl.maximum(tl.abs(state{i}), tl.abs(end{i})))"),
+            *each("worst = tl.maximum(worst, tl.where(inside, off{i}, 0.0))"),
+        ],
         "store_improved": each(_store("improved + " + at("b * steps + t"), "state{i} + correction{i}")),
         "copy_to_first_half": [
             *each(_load("state{i}", trajectory)),
@@ -765,17 +784,17 @@ def cell_scan_triton(
     log[3] = SOLVERS.index(solver)
     kernels = _cell_kernels(program.key)
 
-    def sweep(starts, products, chunk, log):
+    def sweep(starts, products, amplitudes, chunk, log):
         chunks = triton.cdiv(steps, chunk)
         kernels.sweep[(batch * chunks * blocks,)](
-            *pointers, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
+            *pointers, starts, states, products, amplitudes, log, *strides, steps, size, chunk, chunks, blocks, batch,
             **options, num_warps=1,
         )  # fmt: skip
 
     with _on(weights.device):
         if solver == "sequential":
             log[0] = 1
-            sweep(initial, None, steps, None)
+            sweep(initial, None, None, steps, None)
             return states, log.amax((1, 2))
         log[2] = 1
         if solver == "newton":
@@ -790,12 +809,13 @@ def cell_scan_triton(
             chunks = triton.cdiv(steps, chunk)
             starts = weights.new_zeros(batch, chunks, program.states, size)
             starts[:, 0] = initial
+            amplitudes = torch.empty_like(starts)
             products = weights.new_empty(batch, chunks, program.states, program.states, size)
             for _ in range(min(_MAX_SWEEPS, chunks)):
-                sweep(starts, products, chunk, log)
+                sweep(starts, products, amplitudes, chunk, log)
                 kernels.stitch[(batch * blocks,)](
-                    *pointers, starts, states, products, log, *strides, steps, size, chunk, chunks, blocks, batch,
-                    tolerance, **options, TILE=_CHUNKS_TILE, num_warps=8,
+                    starts, states, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch,
+                    tolerance, gathered_rounding(chunk), **options, TILE=_CHUNKS_TILE, num_warps=8,
                 )  # fmt: skip
         if time_step is not None:
             chunks = triton.cdiv(steps, chunk)
@@ -803,7 +823,7 @@ def cell_scan_triton(
                 states, initial, last_changes(time_step, reset), steps, size, chunk, chunks, blocks,
                 STATES=program.states, BLOCK=options["BLOCK"], num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
-        sweep(initial, None, steps, log)
+        sweep(initial, None, None, steps, log)
     return states, log.amax((1, 2))
 
 
