@@ -15,13 +15,16 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -49,17 +52,18 @@ VARIANTS = [
 ]
 
 
-def call_operators(cell: cells.Cell, inputs_dtype: torch.dtype, dtype: torch.dtype, full: bool) -> None:
-    """Every kernel once; the tensors are never read."""
+def call_operators(
+    cell: cells.Cell, names: Sequence[str], inputs_dtype: torch.dtype, dtype: torch.dtype, with_steps: bool = False
+) -> None:
+    """Every kernel once, for the inputs of these names; the tensors are never read."""
     batch, steps, size = 2, 512, 128
-    names = [name for name in cell.inputs if full or name not in cell.defaults]
-    program = PROGRAMS[cell.key(names, full)]
+    program = PROGRAMS[cell.key(names, with_steps)]
     inputs = [torch.empty(batch, steps, size, dtype=inputs_dtype) for _ in names]
     states = torch.empty(batch, steps, program.states, size, dtype=dtype)
     initial = torch.empty(batch, program.states, size, dtype=dtype)
     weights = torch.empty(program.weights, size, dtype=dtype)
-    time_step = torch.ones(batch, steps) if full else None
-    reset = torch.zeros(batch, steps, dtype=torch.bool) if full else None
+    time_step = torch.ones(batch, steps) if with_steps else None
+    reset = torch.zeros(batch, steps, dtype=torch.bool) if with_steps else None
     operands = (program, inputs, time_step, reset, initial, weights)
     for solver in ("sequential", "chunked", "newton"):
         recurrence_triton.cell_scan_triton(*operands, solver, 1e-6)
@@ -69,37 +73,64 @@ def call_operators(cell: cells.Cell, inputs_dtype: torch.dtype, dtype: torch.dty
             recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)
 
 
-def compile_kernels(name: str) -> list[tuple[str, str, str, int, int]]:
-    """(target, variant, kernel, registers, bytes spilled) of every kernel launched for a target."""
+class Compiled(NamedTuple):
+    """A kernel as it is compiled for a launch; `arguments` are those of the launch, by name."""
+
+    name: str
+    arguments: dict[str, Any]
+    text: CompiledKernel
+    registers: int
+    bytes_spilled: int
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[Compiled]]:
+    """Inside, kernels are compiled for the target where they would have been launched for the first time.
+
+    Gives the list to which they are added.
+    """
     no_gpu = SimpleNamespace(
-        get_current_target=lambda: TARGETS[name],
-        get_current_device=lambda: list(TARGETS).index(name),
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: list(TARGETS).index(target),
         get_current_stream=lambda device: 0,
     )
-    driver.set_active(no_gpu)
-    # As if the GPU were so large that all kernels that cut time into chunks do.
-    recurrence_triton._lanes = lambda device: 1 << 20
-    triton.knobs.compilation.always_compile = True
-    triton.knobs.nvidia.dump_ptxas_log = True
-    run, rows = JITFunction.run, {}
+    run, kernels, hashes = JITFunction.run, [], set()
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         with contextlib.redirect_stdout(io.StringIO()) as log:
             compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash in hashes:
+            return
+        hashes.add(compiled.hash)
         if "amdgcn" in compiled.asm:
             text = compiled.asm["amdgcn"]
             registers, spilled = r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)"
         else:
             text, registers, spilled = log.getvalue(), r"Used (\d+) registers", r"(\d+) bytes spill stores"
-        if text:  # Launched for the first time.
-            counts = [int(re.search(pattern, text).group(1)) for pattern in (registers, spilled)]
-            rows[variant, compiled.hash] = (name, variant, kernel.__name__, *counts)
+        counts = [int(re.search(pattern, text).group(1)) for pattern in (registers, spilled)]
+        arguments = dict(zip(kernel.arg_names, args)) | kwargs
+        kernels.append(Compiled(kernel.__name__, arguments, compiled, *counts))
 
-    with mock.patch.object(JITFunction, "run", compile_only):
+    driver.set_active(no_gpu)
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    # As if the GPU were so large that all kernels that cut time into chunks do.
+    lanes = mock.patch.object(recurrence_triton, "_lanes", lambda device: 1 << 20)
+    with lanes, mock.patch.object(JITFunction, "run", compile_only):
+        yield kernels
+
+
+def compile_kernels(target: str) -> list[tuple[str, str, str, int, int]]:
+    """(target, variant, kernel, registers, bytes spilled) of every kernel launched for a target."""
+    rows = []
+    with compiling(target) as kernels:
         for cell, inputs_dtype, dtype, full in VARIANTS:
             variant = f"{cell.name}, {inputs_dtype}".replace("torch.", "") + (", all options" if full else "")
-            call_operators(cell, inputs_dtype, dtype, full)
-    return list(rows.values())
+            names = [name for name in cell.inputs if full or name not in cell.defaults]
+            kernels.clear()
+            call_operators(cell, names, inputs_dtype, dtype, full)
+            rows += [(target, variant, kernel.name, kernel.registers, kernel.bytes_spilled) for kernel in kernels]
+    return rows
 
 
 def main() -> None:
