@@ -27,12 +27,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import linecache
+import math
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, fill, operands
+from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, Tape, Value, fill, operands
 from .operators import SOLVERS, Kernels
 from .solvers import gathered_rounding, last_changes
 
@@ -44,13 +45,15 @@ except ImportError as error:
     raise ImportError(f"The GPU kernels need triton (`pip install triton`): {error}", name="triton") from error
 
 
-# Channels of a program: two for every thread of a warp, so that a row of bfloat16 is read in words of four bytes; half
-# as many in float64, for which there would not be the registers.
-_BLOCK = 64
-# Rows that are on their way from memory while a step is computed.
-_STAGES = tl.constexpr(5)
+# Channels of a program: four for every thread of a warp, so that a row of bfloat16 is read in words of eight bytes;
+# half as many in float64, for which there would not be the registers.
+_BLOCK = 128
+# Rows that a loop over time takes at once, and groups of them of which one is computed while the others are on their
+# way from memory.
+_ROWS = 4
+_STAGES = tl.constexpr(3)
 # Steps, or chunks, that a program scans at a time; fewer where more is computed for each of them.
-_LINEAR_TILE, _CHUNKS_TILE, _NEWTON_TILE = 64, 32, 16
+_CHUNKS_TILE, _NEWTON_TILE = 32, 16
 # Threads that fill a processor of the GPU.
 _LANES = 1024
 # Chunks are not cut shorter than this: their boundaries have to be worth less than their steps.
@@ -58,6 +61,8 @@ _SHORTEST_CHUNK = 64
 # Sweeps launched before the sequential solver takes over. Contracting recurrences need two or three.
 _MAX_SWEEPS = 6
 _MAX_NEWTON_ITERATIONS = tl.constexpr(30)
+# Triton's interpreter knows no instructions of a processor.
+_COMPILES = tl.constexpr(not triton.knobs.runtime.interpret)
 # The smallest number a residual is measured against, as in `solvers._largest`.
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -66,12 +71,33 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
+def _exp2(x):
+    """2**x, without what Triton spends on results so small that they are not normal numbers."""
+    if _COMPILES and tl.target_info.is_cuda() and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], x.dtype, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x of a normal number, to 1 ulp."""
+    if _COMPILES and tl.target_info.is_cuda() and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], x.dtype, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def _sigmoids(a, b):
-    """Two sigmoids for the price of one division. Above 40 they are 1 in every precision; NaN stays NaN."""
-    a = tl.exp(tl.minimum(a, 40.0, propagate_nan=tl.PropagateNan.ALL))
-    b = tl.exp(tl.minimum(b, 40.0, propagate_nan=tl.PropagateNan.ALL))
-    reciprocal = 1.0 / ((1.0 + a) * (1.0 + b))
-    return a * (1.0 + b) * reciprocal, b * (1.0 + a) * reciprocal
+    """Two sigmoids, of a / log2(e) and b / log2(e), for the price of one division.
+
+    From 40 on, which is 58 here, they are 1 in every precision; NaN stays NaN.
+    """
+    a = _exp2(tl.minimum(a, 58.0, propagate_nan=tl.PropagateNan.ALL))
+    b = _exp2(tl.minimum(b, 58.0, propagate_nan=tl.PropagateNan.ALL))
+    reciprocal = _reciprocal((1.0 + a) * (1.0 + b))
+    return a * ((1.0 + b) * reciprocal), b * ((1.0 + a) * reciprocal)
 
 
 @triton.jit
@@ -83,12 +109,6 @@ def _finite(x):
 def _carried(factor, state):
     """factor * state, but 0 where the state is 0: products of many factors overflow before states do."""
     return tl.where(state == 0, 0.0, factor * state)
-
-
-@triton.jit
-def _compose(factor_1, addend_1, factor_2, addend_2):
-    """h -> factor_1 h + addend_1, then h -> factor_2 h + addend_2."""
-    return factor_1 * factor_2, _carried(factor_2, addend_1) + addend_2
 
 
 @triton.jit
@@ -143,52 +163,41 @@ def _hold_kernel(
 def _linear_kernel(
     decay, inputs, starts, states, products, ends, unsolved,
     a_b, a_t, u_b, u_t, steps, size, chunk, chunks, blocks,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """h_t = decay_t h_{t-1} + inputs_t through every chunk, tile by tile.
+    """h_t = decay_t h_{t-1} + inputs_t through every chunk.
 
     With `products`, from zero, leaving each chunk's product and end; otherwise from `starts`, writing the states. With
     `unsolved`, only the blocks for which it is set.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
+    inside = (channel < size) | EVEN
     entry = (b * chunks + index) * size + channel
-    row = tl.arange(0, TILE).to(tl.int64)[:, None]
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
     if unsolved is not None:
         last = tl.where(tl.load(unsolved + b * blocks + block) != 0, last, first)
-    carry = tl.zeros([BLOCK], DTYPE)
-    total = tl.full([BLOCK], 1.0, DTYPE)
+    state = tl.zeros([BLOCK], DTYPE)
+    product = tl.full([BLOCK], 1.0, DTYPE)
     if products is None:
-        carry = tl.load(starts + entry, mask=channel < size, other=0.0)
-    for tile in range(first, last, TILE):
-        order = tile + row
-        t = steps - 1 - order if REVERSE else order
-        inside = (order < last) & (channel < size)[None, :]
-        a = tl.load(decay + b * a_b + t * a_t + channel[None, :], mask=inside, other=1.0).to(DTYPE)
-        u = tl.load(inputs + b * u_b + t * u_t + channel[None, :], mask=inside, other=0.0).to(DTYPE)
-        factor, state = tl.associative_scan((a, u), 0, _compose)
-        state += _carried(factor, carry[None, :])
-        if products is not None:
-            total *= tl.sum(tl.where(row == TILE - 1, factor, 0.0), 0)
-        else:
-            tl.store(states + (b * steps + t) * size + channel[None, :], state, mask=inside)
-        last_state = tl.sum(tl.where(row == TILE - 1, state, 0.0), 0)
-        if tl.max(tl.max(tl.where(_finite(factor), 0, 1), 1), 0) != 0:
-            # A product has overflowed, which the states need not have done: step by step, then.
-            tl.debug_barrier()
-            last_state = carry
-            for step in range(tile, tl.minimum(tile + TILE, last)):
-                t_1 = steps - 1 - step if REVERSE else step
-                a_1 = tl.load(decay + b * a_b + t_1 * a_t + channel, mask=channel < size, other=1.0).to(DTYPE)
-                u_1 = tl.load(inputs + b * u_b + t_1 * u_t + channel, mask=channel < size, other=0.0).to(DTYPE)
-                last_state = a_1 * last_state + u_1
-                if products is None:
-                    tl.store(states + (b * steps + t_1) * size + channel, last_state, mask=channel < size)
-        carry = last_state
+        state = tl.load(starts + entry, mask=inside, other=0.0)
+    # Groups of rows, and then what is left one by one.
+    for rows in tl.static_range(ROWS, 0, 1 - ROWS if ROWS > 1 else -1):
+        whole = last - (last - first) % rows
+        for group in tl.range(first, whole, rows, num_stages=_STAGES):
+            for k in tl.static_range(rows):
+                t = steps - 1 - group - k if REVERSE else group + k
+                a = tl.load(decay + b * a_b + t * a_t + channel, mask=inside, other=1.0).to(DTYPE)
+                u = tl.load(inputs + b * u_b + t * u_t + channel, mask=inside, other=0.0).to(DTYPE)
+                state = a * state + u
+                if products is not None:
+                    product *= a
+                else:
+                    tl.store(states + (b * steps + t) * size + channel, state, mask=inside)
+        first = whole
     if products is not None:
-        tl.store(products + entry, total, mask=channel < size)
-        tl.store(ends + entry, carry, mask=channel < size)
+        tl.store(products + entry, product, mask=inside)
+        tl.store(ends + entry, state, mask=inside)
 
 
 # --- A cell's kernels -----------------------------------------------------------------------------------------------
@@ -268,7 +277,8 @@ def linearise($states, $inputs, time_step, fresh$weights):
 @triton.jit
 def sweep(
     $in_pointers, dt, reset, weights, starts, trajectory, products, amplitudes, log,
-    $in_strides, steps, size, chunk, chunks, blocks, batch, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    $in_strides, steps, size, chunk, chunks, blocks, batch,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian,
     and the size of its states in `amplitudes`.
@@ -276,7 +286,7 @@ def sweep(
     starts, amplitudes (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
-    is_channel = channel < size
+    is_channel = (channel < size) | EVEN
     inside = is_channel
     $load_weights
     first = index * chunk
@@ -288,15 +298,22 @@ def sweep(
     $load_starts
     $identity
     $zero_amplitudes
-    for t in tl.range(first, last, num_stages=_STAGES):
-        $inputs, time_step, fresh = load_step(
-            $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, True, DTYPE
-        )
-        $states, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
-        if products is not None:
-            $products = $jacobian_times_products
-            $amplitudes = $larger_amplitudes
-        $store_states
+    next_row = first
+    # Groups of rows, and then what is left one by one.
+    for rows in tl.static_range(ROWS, 0, 1 - ROWS if ROWS > 1 else -1):
+        whole = last - (last - next_row) % rows
+        for group in tl.range(next_row, whole, rows, num_stages=_STAGES):
+            for k in tl.static_range(rows):
+                t = group + k
+                $inputs, time_step, fresh = load_step(
+                    $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, True, DTYPE
+                )
+                $states, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
+                if products is not None:
+                    $products = $jacobian_times_products
+                    $amplitudes = $larger_amplitudes
+                $store_states
+        next_row = whole
     if products is not None:
         ran = channel < tl.where(last > first, size, 0)
         $store_products
@@ -407,7 +424,7 @@ def adjoint(
     $in_pointers, dt, reset, weights, initial, trajectory, grad_trajectory, incoming, products,
     $grad_pointers, grad_dt, grad_initial, grad_weights,
     $in_strides, g_b, g_t, g_n, steps, size, chunk, chunks, blocks, batch,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """lam_t = g_t + J_{t+1}^T lam_{t+1} through every chunk from its last step to its first.
 
@@ -416,7 +433,7 @@ def adjoint(
     inputs (B, T, D), grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
     """
     b, index, block, channel = _program(chunks, blocks, BLOCK)
-    is_channel = channel < size
+    is_channel = (channel < size) | EVEN
     inside = is_channel
     $load_weights
     first = index * chunk
@@ -428,21 +445,32 @@ def adjoint(
     if not REDUCE:
         $load_incoming
     $zero_sums
-    for back in tl.range(0, last - first, num_stages=_STAGES):
-        t = last - 1 - back
-        row = b * steps + t
-        $inputs, time_step, fresh = load_step($in_pointers, dt, reset, $rows_at_t, row, channel, inside, True, DTYPE)
-        $load_before
-        $load_adjoints
-        if REDUCE:
-            $targets, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
-            $carries = $transposed_times_adjoints
-            $products = $transposed_times_products
-        else:
-            $adjoint
-            $carries = $gradients_of_states
-            $store_gradients
-            $add_sums
+    next_row = last - 1
+    for rows in tl.static_range(ROWS, 0, 1 - ROWS if ROWS > 1 else -1):
+        # Groups of rows do not ask whether theirs is the first row of all.
+        count = (next_row + 1 - (first if rows == 1 else tl.maximum(first, 1))) // rows * rows
+        for back in tl.range(0, count, rows, num_stages=_STAGES):
+            for k in tl.static_range(rows):
+                t = next_row - back - k
+                row = b * steps + t
+                $inputs, time_step, fresh = load_step(
+                    $in_pointers, dt, reset, $rows_at_t, row, channel, inside, True, DTYPE
+                )
+                before = inside
+                if rows == 1:
+                    before = channel < tl.where(t > 0, size, 0)
+                $load_before
+                $load_adjoints
+                if REDUCE:
+                    $targets, $jacobian = linearise($states, $inputs, time_step, fresh$weights)
+                    $carries = $transposed_times_adjoints
+                    $products = $transposed_times_products
+                else:
+                    $adjoint
+                    $carries = $gradients_of_states
+                    $store_gradients
+                    $add_sums
+        next_row -= count
     if REDUCE:
         $store_incoming
         ran = inside
@@ -560,8 +588,8 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         # adjoint
         "load_incoming": each(_load("carry{i}", "incoming + " + at("entry"))),
         "load_before": [
-            *each(_load("state{i}", "trajectory + " + at("row - 1"), "channel < tl.where(t > 0, size, 0)")),
-            *each("state{i} = tl.where(fresh, 0.0, tl.where(t == 0, initial{i}, state{i}))"),
+            *each(_load("state{i}", "trajectory + " + at("row - 1"), "before")),
+            *each("state{i} = tl.where(fresh, 0.0, tl.where((t == 0) & (rows == 1), initial{i}, state{i}))"),
         ],
         "load_adjoints": [
             *each(_load("adjoint{i}", "grad_trajectory + b * g_b + t * g_t + {i} * g_n + channel")),
@@ -675,10 +703,41 @@ def _lines(code: Code) -> list[str]:
 
 def _sigmoid_lines(*pair: Line) -> list[str]:
     """tanh(z) is 2 sigmoid(2 z) - 1."""
-    arguments = [line.arguments[0] if line.operation == "sigmoid" else f"2.0 * {line.arguments[0]}" for line in pair]
     names = [pair[0].name, pair[1].name if pair[1] is not pair[0] else "_"]
     tanhs = [f"{line.name} = 2.0 * {line.name} - 1.0" for line in dict.fromkeys(pair) if line.operation == "tanh"]
-    return [f"{', '.join(names)} = _sigmoids({', '.join(arguments)})", *tanhs]
+    return [f"{', '.join(names)} = _sigmoids({', '.join(line.arguments[0] for line in pair)})", *tanhs]
+
+
+def _for_powers_of_two(program: Program) -> Program:
+    """The program with arguments of sigmoid in units of 1 / log2(e), and of tanh in half of that, as `_sigmoids` takes
+    them. Weights are scaled where that is possible, which is the same in every step."""
+    scales = {"sigmoid": math.log2(math.e), "tanh": 2 * math.log2(math.e)}
+
+    def rewritten(code: Code, names: list[str]) -> Code:
+        tape = Tape(program.key)
+        values = {name: Value(tape, name) for name in names}
+        lines = {line.name: line for line in code.lines}
+
+        def scaled(argument: str | float, scale: float) -> Value | float:
+            operation, arguments = lines[argument][1:] if argument in lines else (None, ())
+            if operation in ("add", "sub"):
+                return tape.add(operation, *(scaled(x, scale) for x in arguments))
+            if operation == "mul" and any(str(x).startswith("weight") for x in arguments):
+                weight, factor = sorted(arguments, key=lambda x: not str(x).startswith("weight"))
+                return scaled(weight, scale) * values.get(factor, factor)
+            return scale * values.get(argument, argument)
+
+        for line in code.lines:
+            arguments = [values.get(x, x) for x in line.arguments]
+            if line.operation in scales:
+                arguments = [scaled(line.arguments[0], scales[line.operation])]
+            values[line.name] = tape.add(line.operation, *arguments)
+        return tape.code(values.get(x, x) for x in code.results)
+
+    return program._replace(
+        linearise=rewritten(program.linearise, operands(program)),
+        adjoint=rewritten(program.adjoint, operands(program, adjoint=True)),
+    )
 
 
 @functools.cache
@@ -691,7 +750,7 @@ def _scan_kernels(states: int) -> SimpleNamespace:
 def _cell_kernels(key: str) -> SimpleNamespace:
     """A program's kernels, by the names that they have in the template."""
     program = PROGRAMS[key]
-    text = fill(_CELL_TEMPLATE, **_state_parts(program.states), **_cell_parts(program))
+    text = fill(_CELL_TEMPLATE, **_state_parts(program.states), **_cell_parts(_for_powers_of_two(program)))
     return _defined(key, text, compose=_scan_kernels(program.states).compose)
 
 
@@ -753,6 +812,12 @@ def _options(tensor: Tensor, size: int, **options) -> dict:
     return {"BLOCK": block, "DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True, **options}
 
 
+def _walk(tensor: Tensor, size: int, block: int, states: int = 1) -> dict:
+    """What the kernels that walk through time want to know beside their options."""
+    rows = 1 if tensor.dtype == torch.float64 else max(1, _ROWS // states)
+    return {"EVEN": size % block == 0, "ROWS": rows}
+
+
 def serves_triton(operator: str, tensor: Tensor) -> bool:
     on_gpu = tensor.device.type in ("cuda", "xpu") or triton.knobs.runtime.interpret
     return on_gpu and tensor.dtype in (torch.float32, torch.float64)
@@ -761,6 +826,11 @@ def serves_triton(operator: str, tensor: Tensor) -> bool:
 def _channels(tensor: Tensor, program: Program, size: int) -> int:
     """Channels of a program of a launch: fewer where a neuron has more states to keep in registers."""
     return max(16, _options(tensor, size)["BLOCK"] // program.states)
+
+
+def _chunks_tile(states: int) -> int:
+    """Chunks that a program scans at a time: fewer where there are blocks of Jacobians to keep in registers."""
+    return max(2, _CHUNKS_TILE // states)
 
 
 def cell_scan_triton(
@@ -788,7 +858,7 @@ def cell_scan_triton(
         chunks = triton.cdiv(steps, chunk)
         kernels.sweep[(batch * chunks * blocks,)](
             *pointers, starts, states, products, amplitudes, log, *strides, steps, size, chunk, chunks, blocks, batch,
-            **options, num_warps=1,
+            **options, **_walk(weights, size, options["BLOCK"], program.states), num_warps=1,
         )  # fmt: skip
 
     with _on(weights.device):
@@ -815,7 +885,7 @@ def cell_scan_triton(
                 sweep(starts, products, amplitudes, chunk, log)
                 kernels.stitch[(batch * blocks,)](
                     starts, states, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch,
-                    tolerance, gathered_rounding(chunk), **options, TILE=_CHUNKS_TILE, num_warps=8,
+                    tolerance, gathered_rounding(chunk), **options, TILE=_chunks_tile(program.states), num_warps=8,
                 )  # fmt: skip
         if time_step is not None:
             chunks = triton.cdiv(steps, chunk)
@@ -836,6 +906,7 @@ def cell_scan_backward_triton(
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
     initial = initial_state.contiguous()
     options = _options(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
+    options |= _walk(weights, size, options["BLOCK"], program.states)
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(max(1, batch), steps, max(1, size), weights.device, fewest=2)
     chunks = triton.cdiv(steps, chunk)
@@ -870,7 +941,7 @@ def cell_scan_backward_triton(
 
 def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
     batch, chunks, states, size = starts.shape
-    options = _options(starts, size, REVERSE=reverse, TILE=_CHUNKS_TILE, num_warps=4)
+    options = _options(starts, size, REVERSE=reverse, TILE=_chunks_tile(states), num_warps=4)
     options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
     find_starts = _scan_kernels(states).find_starts
@@ -885,7 +956,8 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
         return states
     (decay, *a_strides), (inputs, *u_strides) = _rows(decay), _rows(inputs)
     initial = initial_state.contiguous()
-    options = _options(states, size, REVERSE=reverse, TILE=_LINEAR_TILE, num_warps=4)
+    options = _options(states, size, REVERSE=reverse, num_warps=1)
+    options |= _walk(states, size, options["BLOCK"])
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(batch, steps, size, states.device, fewest=4)
 

@@ -67,7 +67,7 @@ def call_operators(
     operands = (program, inputs, time_step, reset, initial, weights)
     for solver in ("sequential", "chunked", "newton"):
         recurrence_triton.cell_scan_triton(*operands, solver, 1e-6)
-    recurrence_triton.cell_scan_backward_triton(states, states, *operands)
+    recurrence_triton.cell_scan_backward_triton(states, None, states, *operands)
     if cell is cells.LRC or cell is cells.LRC_SYMMETRIC:
         for reverse in (False, True):
             recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)

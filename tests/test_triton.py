@@ -43,7 +43,6 @@ def short_chunks(monkeypatch):
         monkeypatch.setattr(recurrence_triton, "_SHORTEST_CHUNK", 4)
         monkeypatch.setattr(recurrence_triton, "_CHUNKS_TILE", 2)
         monkeypatch.setattr(recurrence_triton, "_NEWTON_TILE", 8)
-        monkeypatch.setattr(recurrence_triton, "_LINEAR_TILE", 8)
 
 
 def to_device(problem, dtype=torch.float64):
