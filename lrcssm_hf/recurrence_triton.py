@@ -828,9 +828,9 @@ def _channels(tensor: Tensor, program: Program, size: int) -> int:
     return max(16, _options(tensor, size)["BLOCK"] // program.states)
 
 
-def _chunks_tile(states: int) -> int:
-    """Chunks that a program scans at a time: fewer where there are blocks of Jacobians to keep in registers."""
-    return max(2, _CHUNKS_TILE // states)
+def _tile(most: int, tensor: Tensor, states: int) -> int:
+    """Steps or chunks that a program scans at a time: fewer where the numbers of each take more registers."""
+    return max(2, most // (states * tensor.element_size() // 4))
 
 
 def cell_scan_triton(
@@ -871,7 +871,7 @@ def cell_scan_triton(
             both = weights.new_zeros(2, *states.shape)
             kernels.newton[(batch * blocks,)](
                 *pointers, initial, both, log, *strides, steps, size, blocks, batch, tolerance,
-                **options, TILE=_NEWTON_TILE, num_warps=4,
+                **options, TILE=_tile(_NEWTON_TILE, weights, program.states), num_warps=4,
             )  # fmt: skip
             states = both[0].clone()
             chunk = 1
@@ -885,7 +885,8 @@ def cell_scan_triton(
                 sweep(starts, products, amplitudes, chunk, log)
                 kernels.stitch[(batch * blocks,)](
                     starts, states, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch,
-                    tolerance, gathered_rounding(chunk), **options, TILE=_chunks_tile(program.states), num_warps=8,
+                    tolerance, gathered_rounding(chunk), **options,
+                    TILE=_tile(_CHUNKS_TILE, weights, program.states), num_warps=8,
                 )  # fmt: skip
         if time_step is not None:
             chunks = triton.cdiv(steps, chunk)
@@ -941,7 +942,7 @@ def cell_scan_backward_triton(
 
 def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
     batch, chunks, states, size = starts.shape
-    options = _options(starts, size, REVERSE=reverse, TILE=_chunks_tile(states), num_warps=4)
+    options = _options(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=4)
     options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
     find_starts = _scan_kernels(states).find_starts
