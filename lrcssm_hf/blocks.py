@@ -13,13 +13,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cells import REGISTERED
+from .cells import LRC, LRC_SYMMETRIC, REGISTERED
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import steps_before
 from .initialization import init_cell_neurons, init_lrc_neurons
+from .mixing import convolution, gated_step, last_steps, silu_gate, steps_by_kernels
 from .recurrence import LrcParameters, cell_scan, lrc_scan, prefix_scan
 from .stability import confine
-from .steps import LrcSSMSteps
+from .steps import ALL_ALIKE, LrcSSMSteps
 
 
 class LrcSSMNeurons(nn.Module):
@@ -59,19 +60,31 @@ class LrcSSMNeurons(nn.Module):
         if shift is not None and self.gated:
             # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
             shift = F.softplus(shift)
-        nothing = torch.zeros_like(self.elastance_bias)
-        values = [getattr(self, name, nothing) for name in LrcParameters._fields[:-1]]
+        values = [self._parameters.get(name) for name in LrcParameters._fields[:-1]]
+        if any(value is None for value in values):
+            nothing = torch.zeros_like(self.elastance_bias)
+            values = [nothing if value is None else value for value in values]
         parameters = LrcParameters(*values, shift)
         return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
+
+    def _drive(self, inputs: Tensor) -> dict[str, Tensor | None]:
+        """The currents c, d and q by their names in the cell."""
+        if self.config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        return dict(zip(LRC.inputs, self.currents(inputs).split(self.config.state_size, dim=-1)))
+
+    def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, input_size), (B, D), (B, 1, D) -> the state after the step, gated, and as it is; see `mixing.py`."""
+        parameters = [parameter for parameter in self.lrc_parameters() if parameter is not None]
+        cell = LRC if len(parameters) == len(LRC.parameters) else LRC_SYMMETRIC
+        return gated_step(cell, self._drive(inputs), parameters, state, gate)
 
     def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
         config, time_step, reset = self.config, steps.time_step, steps.reset
-        if config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        currents = self.currents(inputs).split(config.state_size, dim=-1)
-        forget_input, update_input = currents[:2]
-        elastance_input = currents[2] if config.elastance_input else None
+        currents = self._drive(inputs)
+        forget_input, update_input = currents["forget_input"], currents["update_input"]
+        elastance_input = currents.get("elastance_input")
         parameters = self.lrc_parameters()
         shift = parameters.elastance_shift
 
@@ -134,15 +147,22 @@ class LrcSSMCellNeurons(nn.Module):
         """As `cell_scan` takes them, (D,) each."""
         return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
 
+    def _drive(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The cell's inputs by name."""
+        if self.config.sensory_activation == "sigmoid":
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        return dict(zip(self.cell.inputs, self.currents(inputs).split(self.config.state_size, dim=-1)))
+
+    def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, input_size), (B, D) or (B, n, D), (B, 1, D) -> the output after the step, gated, and the state."""
+        return gated_step(self.cell, self._drive(inputs), list(self.cell_parameters().values()), state, gate)
+
     def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
         config = self.config
-        if config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        currents = self.currents(inputs).split(config.state_size, dim=-1)
         states, final_state = cell_scan(
             self.cell,
-            dict(zip(self.cell.inputs, currents)),
+            self._drive(inputs),
             self.cell_parameters(),
             initial_state=initial_state,
             time_step=steps.time_step,
@@ -160,16 +180,17 @@ def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSS
 
 
 class LrcSSMConvolution(nn.Module):
-    """Causal depthwise convolution over the last K steps, as a sum over its taps: (B, T, D) -> (B, T, D).
+    """Causal depthwise convolution over the last K steps, and the activation: (B, T, D) -> (B, T, D).
 
-    A document start hides the steps before it. On a CPU this is several times faster than `nn.Conv1d`, which has to
-    move the channels first.
+    A document start hides the steps before it.
     """
 
-    def __init__(self, size: int, kernel: int):
+    def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, kernel))
-        self.bias = nn.Parameter(torch.empty(size))
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.state_size, config.conv_kernel))
+        self.bias = nn.Parameter(torch.empty(config.state_size))
+        self.act = ACT2FN[config.hidden_act]
 
     @torch.no_grad()
     def init_weights(self):
@@ -180,44 +201,27 @@ class LrcSSMConvolution(nn.Module):
 
     def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
-        batch, length, size = inputs.shape
-        kernel = self.weight.shape[1]
-        document = None if steps.reset is None else F.pad(steps.reset.cumsum(1), (kernel - 1, 0))
-        past = inputs.new_zeros(batch, kernel - 1, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
-        if steps.group is not None and kernel > 1:
-            last = self._last(torch.cat([past, inputs], dim=1), steps, document)
-            count = last.new_full((batch,), length, dtype=torch.long) if steps.lengths is None else steps.lengths
-            if document is not None:
-                count = torch.where(document[:, -1] > 0, kernel - 1, count)
-            past = steps_before(last, count, steps.group)
-        window = torch.cat([past, inputs], dim=1)
-        if length == 1 and document is None:
-            # Decoding: as few operations as can be.
-            return (window * self.weight.t()).sum(1, keepdim=True) + self.bias, self._last(window, steps, document).mT
-        outputs = inputs * self.weight[:, -1] + self.bias
-        for tap in range(kernel - 1):
-            tapped = window[:, tap : tap + length]
-            if document is not None:
-                tapped = tapped * (document[:, tap : tap + length] == document[:, kernel - 1 :]).unsqueeze(-1)
-            outputs = outputs + tapped * self.weight[:, tap]
-        return outputs, self._last(window, steps, document).transpose(1, 2)
+        config, before = self.config, self.weight.shape[1] - 1
+        if steps.group is not None and before > 0:
+            last = last_steps(inputs, past, steps.reset, steps.lengths, before).mT
+            count = steps.lengths
+            if count is None:
+                count = last.new_full(last.shape[:1], inputs.shape[1], dtype=torch.long)
+            if steps.reset is not None:
+                count = torch.where(steps.reset.any(1), before, count)
+            past = steps_before(last, count, steps.group).mT
+        silu = config.hidden_act == "silu"
+        outputs, past = convolution(
+            inputs, self.weight, self.bias, past, steps.reset, steps.lengths, silu=silu, backend=config.backend
+        )
+        return outputs if silu else self.act(outputs), past
 
-    def _last(self, window: Tensor, steps: LrcSSMSteps, document: Tensor | None) -> Tensor:
-        """The past of what comes after this call and continues its last document: the last K - 1 unmasked steps of that
-        document, (B, K - 1 + T, D) -> (B, K - 1, D)."""
-        batch, length, size = window.shape
-        past = self.weight.shape[1] - 1
-        if steps.lengths is None and document is None:
-            # A copy, so that the whole window is not kept for its end.
-            return window[:, length - past :].clone()
-        if steps.lengths is None:
-            last = torch.arange(length - past, length, device=window.device).expand(batch, -1)
-        else:
-            last = steps.lengths[:, None] + torch.arange(past, device=window.device)
-        taken = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
-        if document is None:
-            return taken
-        return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
+
+def gated(values: Tensor, gate: Tensor, config: LrcSSMConfig) -> Tensor:
+    """values * act(gate), in the dtype of the gate."""
+    if config.hidden_act == "silu":
+        return silu_gate(values, gate, backend=config.backend)
+    return values.to(gate.dtype) * ACT2FN[config.hidden_act](gate)
 
 
 class LrcSSMMixer(nn.Module):
@@ -225,11 +229,13 @@ class LrcSSMMixer(nn.Module):
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__()
+        self.config = config
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
-        self.convolution = LrcSSMConvolution(config.state_size, config.conv_kernel)
-        self.act = ACT2FN[config.hidden_act]
+        self.convolution = LrcSSMConvolution(config)
         self.neurons = make_neurons(config, config.state_size)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
+        # Whether `gated_step` is the same.
+        self.decodes = config.hidden_act == "silu" and (config.cell != "lrc" or config.state_dependence == "full")
 
     def forward(
         self,
@@ -241,8 +247,12 @@ class LrcSSMMixer(nn.Module):
         """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
-        states, recurrent_state = self.neurons(self.act(branch), recurrent_state, steps)
-        return self.out_proj(states.to(gate.dtype) * self.act(gate)), conv_state, recurrent_state
+        if self.decodes and steps == ALL_ALIKE and steps_by_kernels(gate, self.config.backend):
+            mixed, recurrent_state = self.neurons.gated_step(branch, recurrent_state, gate)
+        else:
+            states, recurrent_state = self.neurons(branch, recurrent_state, steps)
+            mixed = gated(states, gate, self.config)
+        return self.out_proj(mixed), conv_state, recurrent_state
 
 
 class LrcSSMMLP(nn.Module):
@@ -253,11 +263,11 @@ class LrcSSMMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
+        self.config = config
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
-        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(gated(self.up_proj(hidden_states), self.gate_proj(hidden_states), self.config))
 
 
 # Blocks are functions of the states and no more: one that wrote to a cache would do it again when it is recomputed for

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .backends import load_cpu_kernels
 from .blocks import BLOCKS, LrcSSMCellNeurons, LrcSSMConvolution, LrcSSMNeurons, LrcSSMPaperLinear, LrcSSMPaperMLP
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import spread_labels
@@ -34,7 +35,6 @@ from .host import (
     takes_cache,
 )
 from .inputs import InputsMixin
-from .recurrence import load_cpu_kernels
 from .recurrent_cache import read_state, require_cache, write_state
 from .saved_states import SavedStatesMixin
 from .steps import LrcSSMSteps

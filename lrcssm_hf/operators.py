@@ -18,11 +18,16 @@ BACKENDS = ("auto", "torch", "cpu", "triton")
 
 
 class Kernels(NamedTuple):
-    """A backend's implementation of the operators of `recurrence.py`, for the tensors that it serves."""
+    """A backend's implementation of the operators of `recurrence.py` and `mixing.py`, for the tensors it serves."""
 
     cell_scan: Callable
     cell_scan_backward: Callable
     prefix_scan: Callable
+    gated_step: Callable
+    convolution: Callable
+    convolution_backward: Callable
+    silu_gate: Callable
+    silu_gate_backward: Callable
     serves: Callable[[str, Tensor], bool]
 
 

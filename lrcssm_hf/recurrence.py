@@ -1,18 +1,15 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """The scans that people call: `cell_scan` for any cell, `lrc_scan` for the LRC, and `prefix_scan` under them.
 
-Their arguments are checked here, once; torch's operators and their derivatives are made here, and the backend is
-chosen. The equations are in `cells.py`, what solves them in `solvers.py`; the kernels of `recurrence_cpu.py` and
-`recurrence_triton.py` do the same faster. Shapes: B batch, T steps, D neurons, n states of a neuron.
+Their arguments are checked here, once, and torch's operators and their derivatives are made here. The equations are in
+`cells.py`, what solves them in `solvers.py`; the kernels of `recurrence_cpu.py` and `recurrence_triton.py` do the same
+faster. Shapes: B batch, T steps, D neurons, n states of a neuron.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import logging
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import linear_scan
+from .backends import by_kernels, require_kernels
 from .cell_compiler import PROGRAMS
 from .cells import LRC, LRC_SYMMETRIC, Cell
 from .context_parallel import scan_over_ranks
 from .operators import (
     SOLVERS,
-    Kernels,
     as_operand,
     in_forward_mode,
     is_transformed,
@@ -41,8 +38,6 @@ from .operators import (
 )
 from .solvers import Problem, ScanInfo, solve, solve_backward, solve_sequential
 
-
-logger = logging.getLogger(__name__)
 
 # Operators are global, and transformers makes a copy of this file for every Hub model's code: each has its own. Torch
 # takes ASCII only, in which two folders' names may look the same.
@@ -69,7 +64,7 @@ class LrcParameters(NamedTuple):
 
 @torch.library.custom_op(f"{_NAMESPACE}::prefix_scan", mutates_args=())
 def _prefix_scan_op(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
-    states = _by_kernels("prefix_scan", "auto", initial_state, decay, inputs, initial_state, reverse)
+    states = by_kernels("prefix_scan", "auto", initial_state, decay, inputs, initial_state, reverse)
     if states is None:
         dtype = initial_state.dtype
         operands = decay.to(dtype)[:, :, None, None], inputs.to(dtype).unsqueeze(2), initial_state.unsqueeze(1)
@@ -195,7 +190,7 @@ def _cell_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states, final_state, [iterations, residual, fell_back, index of the solver])."""
     operands = (PROGRAMS[program], inputs, time_step, reset)
-    results = _by_kernels("cell_scan", backend, weights, *operands, initial_state, weights, solver, tolerance)
+    results = by_kernels("cell_scan", backend, weights, *operands, initial_state, weights, solver, tolerance)
     if results is None:
         problem = Problem.of(*operands, weights.unbind(), weights.dtype)
         states, info = solve(problem, inputs[0].shape[1], initial_state, solver, tolerance)
@@ -228,9 +223,7 @@ def _cell_scan_backward_op(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Gradients of (inputs, time_step, initial_state, weights); that of an absent time step is an empty tensor."""
     operands, incoming = (PROGRAMS[program], inputs, time_step, reset), (grad_states, grad_final_state)
-    gradients = _by_kernels(
-        "cell_scan_backward", backend, weights, *incoming, states, *operands, initial_state, weights
-    )
+    gradients = by_kernels("cell_scan_backward", backend, weights, *incoming, states, *operands, initial_state, weights)
     if gradients is None:
         problem = Problem.of(*operands, weights.unbind(), weights.dtype)
         gradients = solve_backward(problem, *incoming, states, initial_state)
@@ -391,7 +384,7 @@ def _scan(
         if backend == "auto" and initial_state.device.type == "cpu":
             backend = "torch"
     if backend not in ("auto", "torch"):
-        _require_kernels("cell_scan", backend, initial_state)
+        require_kernels("cell_scan", backend, initial_state)
 
     if length == 0:
         return initial_state.new_empty(batch, 0, count, size), initial_state, ScanInfo(solver, 0, 0.0, False)
@@ -516,92 +509,3 @@ def _named(parameters: LrcParameters) -> dict[str, Tensor]:
 
 def _lrc_cell(parameters: LrcParameters) -> Cell:
     return LRC if getattr(parameters, "elastance_shift", None) is None else LRC_SYMMETRIC
-
-
-# --- Backends -------------------------------------------------------------------------------------------------------
-
-
-_BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
-# What was imported, by backend, or why it cannot be used. Not functools.cache: torch.compile would warn of it.
-_loaded: dict[str, Kernels | str] = {}
-_giving_up = threading.Lock()
-
-
-def _kernels(backend: str) -> Kernels | str:
-    """The kernels of `cpu` or `triton`, or why there are none."""
-    if backend not in _loaded:
-        try:
-            if backend == "cpu":
-                from .recurrence_cpu import KERNELS
-            else:
-                from .recurrence_triton import KERNELS
-            _loaded[backend] = KERNELS
-        except Exception as error:  # A package that does not fit its surroundings can raise anything.
-            _give_up(backend, error)
-    return _loaded[backend]
-
-
-def _give_up(backend: str, error: Exception) -> None:
-    """Does without the backend's kernels from now on, and says so once."""
-    with _giving_up:
-        if isinstance(_loaded.get(backend), str):
-            return
-        _loaded[backend] = f"{type(error).__name__}: {error}"
-    device = "CPU" if backend == "cpu" else "GPU"
-    logger.warning(f"The recurrence runs in plain PyTorch on the {device}, which is slower. {_loaded[backend]}")
-
-
-def load_cpu_kernels() -> None:
-    """Imports them where their package is there."""
-    try:
-        is_there = importlib.util.find_spec("numba") is not None
-    except Exception:  # An importer may say so itself, and a package half imported has no spec.
-        is_there = False
-    if is_there:
-        _kernels("cpu")
-
-
-def _require_kernels(operator: str, backend: str, tensor: Tensor) -> Kernels:
-    """The kernels of a backend, or a ValueError where there are none for such tensors."""
-    kernels = _kernels(backend)
-    if isinstance(kernels, str):
-        raise ValueError(f"backend {backend!r} cannot be used, try 'auto': {kernels}")
-    if not kernels.serves(operator, tensor):
-        needs = {
-            "cpu": "float32 tensors on the CPU",
-            "triton": "float32 or float64 tensors on a GPU (or TRITON_INTERPRET=1)",
-        }[backend]
-        raise ValueError(
-            f"backend {backend!r} needs {needs}, got {tensor.dtype} on {tensor.device}; use backend 'auto'."
-        )
-    return kernels
-
-
-def _by_kernels(operator: str, backend: str, tensor: Tensor, *arguments):
-    """What the operator's kernel returns for the arguments, tensors like `tensor`; None where PyTorch has to do it.
-
-    Kernels write nothing but what they return, so that PyTorch can begin anew after any of their failures.
-    """
-    is_choice = backend == "auto"
-    if is_choice:
-        backend = _BACKEND_OF_DEVICE.get(tensor.device.type, "torch")
-    if backend == "torch":
-        return None
-    try:
-        kernels = _require_kernels(operator, backend, tensor)
-    except ValueError:
-        if is_choice:
-            return None
-        raise
-    try:
-        return getattr(kernels, operator)(*arguments)
-    except (MemoryError, torch.OutOfMemoryError):  # PyTorch needs more still.
-        raise
-    except Exception as error:
-        if "can't allocate memory" in str(error):  # PyTorch's word for it on CPUs.
-            raise
-        if not is_choice:
-            reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"backend {backend!r} has failed, try 'auto': {reason}") from error
-        _give_up(backend, error)
-        return None

@@ -1,283 +1,24 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
-"""Compiled float32 kernels for the CPU: the operators of `recurrence.py`, step by step and channel-vectorised.
+"""The operators of `recurrence.py` on the CPU, step by step, by the float32 kernels that `cpu_kernels.py` compiles.
 
-One sweep over time with the states of a block of channels in cache moves each operand through memory once; LLVM turns
-the loop over channels into vector instructions, for which the exponential is written out below. Work is split over
-batch and channel blocks. Threads come from Python's own pool (the kernels release the GIL), as many as torch may use,
-so nothing spins beside torch's threads between calls. Machine code is cached on disk after the first call.
-`prefix_scan` is compiled for complex64 too. A cell's kernels are two templates with its program put in.
-
-A kernel writes everything it returns from the start, so that one that has failed can simply be run again: compiled in
-memory where the cache is broken, or in the calling thread where there are no others to be had. Importing this module
-needs numba; `recurrence.py` does without it, and without kernels that do not compile.
+A cell's kernels are templates with its program put in. `prefix_scan` is compiled for complex64 too.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-import linecache
-import logging
-import math
-import os
-import sys
-import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import torch
-from huggingface_hub import cached_assets_path
 from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Program, Spelling, fill, operands
-from .operators import SOLVERS, Kernels
+from .cpu_kernels import ARRAYS, define, empty, optional_rows, partition, place, rows_of, run, with_rows
+from .operators import SOLVERS
 
 
-try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
-    from llvmlite import ir
-    from numba import config, njit, types, version_info
-    from numba.core import cgutils
-    from numba.core.errors import TypingError
-    from numba.extending import intrinsic
-except ImportError as error:
-    raise ImportError(f"The CPU kernels need numba (`pip install numba`): {error}", name="numba") from error
-
-
-if version_info.short < (0, 62):
-    # LLVM before version 20 does not know how to compile `llvm.minimum`, and ends the process.
-    raise ImportError(f"The CPU kernels need numba 0.62 or newer, got {'.'.join(map(str, version_info.short))}.")
-if config.DISABLE_JIT:
-    raise RuntimeError("NUMBA_DISABLE_JIT is set, so that numba compiles nothing.")
-
-logger = logging.getLogger(__name__)
-
-# Contraction to FMA and exact-enough reciprocals; never reassociation, which would undo the rounding in `_exp`, and
-# never the assumption that nothing is NaN: a NaN input has to be seen in the output.
-_FAST = {"contract", "arcp", "nsz"}
-_inline = functools.partial(njit, inline="always", fastmath=_FAST, error_model="numpy")
-
-_NOT_CACHED = "The compiled recurrence cannot be kept on disk, and is compiled anew in every process."
-_warned: set[str] = set()
-_warning = threading.Lock()
-
-
-def _warn_once(consequence: str, cause: Exception) -> None:
-    with _warning:
-        is_new = consequence not in _warned
-        _warned.add(consequence)
-    if is_new:
-        logger.warning(f"{consequence} {type(cause).__name__}: {cause}")
-
-
-def _kernel(function):
-    """The function compiled at its first call, from the cache on disk or into it; where that fails, in memory."""
-    compile_options = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
-    in_memory = njit(**compile_options)(function)
-    try:
-        compiled = njit(cache=True, **compile_options)(function)
-    except Exception as error:  # There is no folder that a cache could be written to.
-        _warn_once(_NOT_CACHED, error)
-        return in_memory
-
-    def kernel(*arguments):
-        nonlocal compiled
-        called = compiled
-        try:
-            return called(*arguments)
-        except Exception as error:  # Reading a cache unpickles it, which can raise anything.
-            if called is in_memory:
-                raise
-            results = in_memory(*arguments)  # What fails without the cache too is not the cache's fault.
-            _warn_once(f"{_NOT_CACHED} Deleting {called.stats.cache_path} may help.", error)
-            compiled = in_memory
-            return results
-
-    return kernel
-
-
-# Channels per vector: blocks are cut at multiples of it.
-_VECTOR = 16
-# A call with fewer elements than this is done before a second thread has woken up.
-_PARALLEL_ELEMENTS = 1 << 15
-# Inputs are asked for this many steps ahead: the hardware does not foresee rows that a thread reads only a part of.
-_STEPS_AHEAD = 5
-# Float32 partial sums of parameter gradients are moved to float64 after this many steps.
-_FLUSH_STEPS = 64
-
-
-# --- What numba has no word for -------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _float_from_bits(typingctx, bits):
-    """The float32 with these bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic
-def _widen(typingctx, value):
-    """A float32, or the bits of a bfloat16 in an int16, as a float32."""
-    if value not in (types.float32, types.int16):
-        raise TypingError(f"An operand is of {value}.")
-
-    def codegen(context, builder, signature, args):
-        if signature.args[0] == types.float32:
-            return args[0]
-        bits = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, bits.type(16)), ir.FloatType())
-
-    return types.float32(value), codegen
-
-
-@intrinsic
-def _bits(typingctx, value):
-    """The bits of a float32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), codegen
-
-
-def _bound(operation: str):
-    """The smaller or larger of two float32, or NaN if either is; comparisons that keep a NaN cost more instructions."""
-
-    @intrinsic
-    def bound(typingctx, value, limit):
-        def codegen(context, builder, signature, args):
-            float32 = args[0].type
-            function_type = ir.FunctionType(float32, [float32, float32])
-            function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{operation}.f32")
-            return builder.call(function, args)
-
-        return types.float32(types.float32, types.float32), codegen
-
-    return bound
-
-
-_minimum, _maximum = _bound("minimum"), _bound("maximum")
-
-
-@intrinsic
-def _prefetch(typingctx, array, index):
-    """Asks for the cache line that array[index] is in, or would be in if there were one."""
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [address, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), address)
-        builder.call(function, [pointer, flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp), codegen
-
-
-# --- Functions of one number ----------------------------------------------------------------------------------------
-
-_ONE, _TWO, _LOG2_E = np.float32(1), np.float32(2), np.float32(math.log2(math.e))
-# e^x = 2^n 2^r with n an integer and |r| <= 1/2. Adding a number so large that its unit of rounding is 1 leaves n, with
-# the exponent's bias, in the sum's lowest bits, from where it is shifted into place; 2^r is a minimax polynomial, good
-# to 2e-9. The sigmoid of more than 25 log(2) is 1 in float32, and that of less than -125 log(2) is 0 to within 1e-37.
-_ROUNDING, _EXPONENT_SHIFT = np.float32(1.5 * 2**23 + 127), np.int32(23)
-_LOWEST, _HIGHEST = np.float32(-125), np.float32(25)
-_EXP_1, _EXP_2, _EXP_3 = np.float32(0.69314718246), np.float32(0.24022647738), np.float32(0.05550332367)
-_EXP_4, _EXP_5, _EXP_6 = np.float32(0.00961843691766), np.float32(0.00133988750167), np.float32(0.00015353361960)
-
-
-@_inline()
-def _exp(x):
-    """e^x for -86 < x < 17, and beyond that e^-86 and e^17."""
-    x = _minimum(_maximum(x * _LOG2_E, _LOWEST), _HIGHEST)
-    shifted = x + _ROUNDING
-    r = x - (shifted - _ROUNDING)
-    power = (((((_EXP_6 * r + _EXP_5) * r + _EXP_4) * r + _EXP_3) * r + _EXP_2) * r + _EXP_1) * r + _ONE
-    return power * _float_from_bits(_bits(shifted) << _EXPONENT_SHIFT)
-
-
-@_inline()
-def _sigmoid(x):
-    odds = _exp(x)
-    return odds / (odds + _ONE)
-
-
-@_inline()
-def _tanh(x):
-    odds = _exp(_TWO * x)
-    return (odds - _ONE) / (odds + _ONE)
-
-
-# Every operand of the loop over channels lies in one scratch buffer of rows this far apart. LLVM then knows at compile
-# time that the rows do not overlap; with twenty arrays it would give up on vector instructions. Not a power of two, or
-# all rows would compete for the same few lines of the cache.
-_WIDTH = 1024 + _VECTOR
-
-
-@_inline()
-def _load(s, row, array, offset, count):
-    source, target = array[offset : offset + count], s[row : row + count]
-    for j in range(count):
-        target[j] = source[j]
-
-
-@_inline()
-def _load_input(s, row, array, offset, count, ahead, finite):
-    """`finite` takes inputs that are not for 0, for steps whose inputs must not matter."""
-    for j in range(0, count, _VECTOR):
-        _prefetch(array, offset + ahead + j)
-    source, target = array[offset : offset + count], s[row : row + count]
-    for j in range(count):
-        target[j] = _widen(source[j])
-    if finite:
-        for j in range(count):
-            if not math.isfinite(target[j]):
-                target[j] = 0
-
-
-@_inline()
-def _load_sum(s, row, array, offset, count, ahead):
-    """Adds the array to the row."""
-    for j in range(0, count, _VECTOR):
-        _prefetch(array, offset + ahead + j)
-    source, target = array[offset : offset + count], s[row : row + count]
-    for j in range(count):
-        target[j] += _widen(source[j])
-
-
-@_inline()
-def _store(s, row, array, offset, count):
-    source, target = s[row : row + count], array[offset : offset + count]
-    for j in range(count):
-        target[j] = source[j]
-
-
-@njit(fastmath=True, nogil=True)
-def _sum(values):
-    total = np.float32(0)
-    for value in values:
-        total += value
-    return total
-
-
-@_inline()
-def _block(item, blocks, width, size):
-    """Batch row, first channel and number of channels of a work item, and that number in whole vectors."""
-    first = (item % blocks) * width
-    count = min(width, size - first)
-    return item // blocks, first, count, (count + _VECTOR - 1) // _VECTOR * _VECTOR
-
-
-@_kernel
-def _linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, start, stop):
+_LINEAR_SCAN = '''
+def linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, start, stop):
     """h_t = decay_t * h_{t-1} + inputs_t, or from the end for `reverse`; operands are (flat array, batch stride,
     time stride), and work items batch * blocks.
 
@@ -309,6 +50,7 @@ def _linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, 
                     s[_WIDTH + j] = a_re * im + a_im * re + u_row[2 * j + 1]
                     row[2 * j] = s[j]
                     row[2 * j + 1] = s[_WIDTH + j]
+'''
 
 
 # --- A cell's kernels -----------------------------------------------------------------------------------------------
@@ -347,6 +89,32 @@ def forward(inputs, time_steps, resets, initial, weights, states, blocks, width,
                     $write
             for i in range($states):
                 _store(s, ($first_state + i) * _WIDTH, states[b, t, i], first, count)
+"""
+
+# One step of all neurons and the gate on their last state. Operands are (address, batch stride, _), or the address of
+# what is contiguous.
+_STEP = """
+def step(inputs, gates, initial, weights, outputs, states, size, blocks, width, start, stop):
+    $unpack_inputs
+    g, g_b, _ = gates
+    s = np.zeros($rows * _WIDTH, np.float32)
+    for item in range(start, stop):
+        b, first, count, padded = _block(item, blocks, width, size)
+        for k in range($weights):
+            _load(s, k * _WIDTH, _floats(weights[k]), first, count)
+        for i in range($states):
+            _load(s, ($first_state + i) * _WIDTH, _floats(initial), (b * $states + i) * size + first, count)
+        $load_inputs
+        _load(s, $gate * _WIDTH, $array(g), b * g_b + first, count)
+        for j in range(padded):
+            $read
+            $advance
+            $write
+            gate = s[$gate * _WIDTH + j]
+            s[$gate * _WIDTH + j] = gate * _sigmoid(gate) * $output
+        _store(s, $gate * _WIDTH, $array(outputs), b * size + first, count)
+        for i in range($states):
+            _store(s, ($first_state + i) * _WIDTH, _floats(states), (b * $states + i) * size + first, count)
 """
 
 # The adjoint sweep, from the last step to the first; gradients shared by the batch are summed per batch row, in float32
@@ -411,6 +179,26 @@ def _forward_source(program: Program) -> str:
         read=_read(program.advance, rows),
         advance=_SPELLING.lines(program.advance),
         write=[f"{_entry(rows[f'state{i}'])} = {result}" for i, result in enumerate(results)],
+    )
+
+
+def _step_source(program: Program, array: str) -> str:
+    rows = _rows_of(program)
+    results = list(map(_SPELLING.argument, program.advance.results))
+    return fill(
+        _STEP,
+        **_common_parts(program, rows) | {"rows": str(len(rows) + 1)},
+        array=array,
+        weights=str(program.weights),
+        gate=str(len(rows)),
+        load_inputs=[
+            f"_load(s, {rows[f'input{i}']} * _WIDTH, {array}(in{i}), b * in{i}_b + first, count)"
+            for i in range(program.inputs)
+        ],
+        read=_read(program.advance, rows),
+        advance=_SPELLING.lines(program.advance),
+        write=[f"{_entry(rows[f'state{i}'])} = {result}" for i, result in enumerate(results)],
+        output=results[-1],
     )
 
 
@@ -482,8 +270,8 @@ class _CellKernels:
     """The two passes of a program, to be compiled at their first call."""
 
     def __init__(self, program: Program):
-        self.forward = _kernel(_defined("forward", program.key, _forward_source(program)))
-        self.backward = _kernel(_defined("backward", program.key, _backward_source(program)))
+        self.forward = define("forward", program.key, _forward_source(program))
+        self.backward = define("backward", program.key, _backward_source(program))
 
 
 @functools.cache
@@ -491,120 +279,32 @@ def _kernels_of(key: str) -> _CellKernels:
     return _CellKernels(PROGRAMS[key])
 
 
-def _defined(name: str, key: str, text: str) -> Callable:
-    """The function that the text defines, in this module. Numba keeps machine code beside a file of source, which is
-    written to the user's cache; without one, it compiles in memory."""
-    digest = hashlib.sha256(f"{_this_source()}{text}".encode()).hexdigest()[:16]
-    file_name = f"{name}_{key}_{digest}.py"
-    try:
-        path = Path(cached_assets_path("lrcssm_hf", "recurrence", "cpu")) / file_name
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-                file.write(text)
-            os.replace(file.name, path)
-        source = str(path)
-    except (OSError, ValueError):  # The latter is the hub's word for a file in the place of a folder.
-        source = f"<{file_name}>"
-    # Where messages and debuggers look for a source that is in no file.
-    linecache.cache[source] = (len(text), None, text.splitlines(keepends=True), source)
-    namespace = dict(globals())
-    exec(compile(text, source, "exec"), namespace)
-    return namespace[name]
-
-
 @functools.cache
-def _this_source() -> str:
-    """What the functions that kernels call are made of, which numba does not look at for its cache."""
-    return inspect.getsource(sys.modules[__name__])
+def _step_kernel(key: str, array: str) -> Callable:
+    return define("step", f"{key}{array}", _step_source(PROGRAMS[key], array))
 
 
 # --- Tensors in, tensors out ----------------------------------------------------------------------------------------
 
 
-def _rows(tensor: Tensor) -> tuple[np.ndarray, int, int]:
-    """A (B, T, ...) tensor as a flat array of float32, bool or the bits of bfloat16, and its two leading strides.
-
-    Copied only if its channels are not contiguous or its type is another.
-    """
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    elif tensor.dtype != torch.bool:
-        tensor = tensor.float()
-    if tensor.dim() == 3 and tensor.stride(2) != 1 and tensor.shape[2] != 1:
-        tensor = tensor.contiguous()
-    extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
-    flat = tensor.as_strided((extent,), (1,)) if tensor.numel() else tensor.new_empty(0)
-    return flat.numpy(), tensor.stride(0), tensor.stride(1)
-
-
-def _optional(tensor: Tensor | None, default: float | bool, batch: int, steps: int) -> tuple[np.ndarray, int, int]:
-    """The rows of an optional operand; absent, those of one repeated default."""
-    if tensor is None:
-        dtype = torch.bool if isinstance(default, bool) else torch.float32
-        tensor = torch.full((1, 1), default, dtype=dtype, device="cpu").expand(batch, steps)
-    return _rows(tensor)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="lrcssm")
-
-
-if hasattr(os, "register_at_fork"):
-    # A forked process has the pool but not its threads.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _run(kernel, arguments: tuple, batch: int, steps: int, size: int, blocks: int, width: int) -> None:
-    """Calls the kernel on all work items, each one batch row of `width` channels, shared among torch's threads."""
-    items, threads = batch * blocks, torch.get_num_threads()
-    if min(threads, items) == 1 or batch * steps * size < _PARALLEL_ELEMENTS:
-        return kernel(*arguments, blocks, width, 0, items)
-    bounds = sorted({items * i // threads for i in range(threads + 1)})
-    pool = _pool(threads)
-    try:
-        for part in [pool.submit(kernel, *arguments, blocks, width, *pair) for pair in zip(bounds, bounds[1:])]:
-            part.result()
-    except (RuntimeError, CancelledError) as error:
-        # No more threads can be started, or none at all because the interpreter is ending. What was begun has to end
-        # before it is done again.
-        pool.shutdown(cancel_futures=True)
-        _pool.cache_clear()
-        kernel(*arguments, blocks, width, 0, items)
-        _warn_once("The compiled recurrence runs in the calling thread alone.", error)
-
-
-def _partition(batch: int, size: int) -> tuple[int, int]:
-    """Channel blocks per batch row and their width, such that the threads share the work evenly."""
-    threads = torch.get_num_threads()
-    blocks = max(1, min(threads // math.gcd(batch, threads), -(-size // _VECTOR)))
-    width = min(max(1, -(-size // (blocks * _VECTOR))) * _VECTOR, _WIDTH)
-    return -(-size // width), width
-
-
-def _empty(*shape: int) -> Tensor:
-    """A new tensor aligned to cache lines. From numpy, which asks for huge pages, so that the kernel that fills it does
-    not wait for a page fault every 4 KiB."""
-    count, line = math.prod(shape), 64
-    buffer = np.empty(count + line // 4, np.float32)
-    first = -buffer.ctypes.data % line // 4
-    return torch.from_numpy(buffer[first : first + count]).view(shape)
-
-
 def _operands(inputs, time_step, reset, initial_state, weights) -> tuple:
     batch, steps, _ = inputs[0].shape
     return (
-        tuple(map(_rows, inputs)),
-        _optional(time_step, 1.0, batch, steps),
-        _optional(reset, False, batch, steps),
+        tuple(map(rows_of, inputs)),
+        optional_rows(time_step, 1.0, batch, steps),
+        optional_rows(reset, False, batch, steps),
         initial_state.detach().contiguous().numpy(),
         weights.detach().contiguous().numpy(),
     )
 
 
 def serves_cpu(operator: str, tensor: Tensor) -> bool:
-    dtypes = (torch.float32, torch.complex64) if operator == "prefix_scan" else (torch.float32,)
+    if operator == "prefix_scan":
+        dtypes = torch.float32, torch.complex64
+    elif operator in ("cell_scan", "cell_scan_backward"):
+        dtypes = (torch.float32,)
+    else:
+        dtypes = torch.float32, torch.bfloat16
     return tensor.device.type == "cpu" and tensor.dtype in dtypes
 
 
@@ -614,10 +314,10 @@ def cell_scan_cpu(
     """The states (B, T, n, D), solved sequentially, and the operator's numbers; arguments as in
     `recurrence._cell_scan_op`."""
     batch, steps, size = inputs[0].shape
-    states = _empty(batch, steps, program.states, size)
+    states = empty(batch, steps, program.states, size)
     arguments = (*_operands(inputs, time_step, reset, initial_state, weights), states.numpy())
-    blocks, width = _partition(batch, size)
-    _run(_kernels_of(program.key).forward, arguments, batch, steps, size, blocks, width)
+    blocks, width = partition(batch, size)
+    run(_kernels_of(program.key).forward, arguments, batch, steps, size, blocks, width)
     return states, torch.tensor([1, 0, 0, SOLVERS.index("sequential")], dtype=torch.float32)
 
 
@@ -626,13 +326,13 @@ def cell_scan_backward_cpu(
 ) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
     batch, steps, size = inputs[0].shape
-    blocks, width = _partition(batch, size)
-    grad_inputs = [_empty(batch, steps, size) for _ in inputs]
+    blocks, width = partition(batch, size)
+    grad_inputs = [empty(batch, steps, size) for _ in inputs]
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = initial_state.new_empty(initial_state.shape)
     grad_weights = weights.new_empty(batch, *weights.shape, dtype=torch.float64)
     arguments = (
-        tuple(_rows(grad) for grad in grad_states.unbind(2)),
+        tuple(rows_of(grad) for grad in grad_states.unbind(2)),
         torch.zeros_like(initial_state).numpy() if grad_final_state is None else grad_final_state.contiguous().numpy(),
         states.numpy(),
         *_operands(inputs, time_step, reset, initial_state, weights),
@@ -641,8 +341,34 @@ def cell_scan_backward_cpu(
         grad_initial.numpy(),
         grad_weights.numpy(),
     )
-    _run(_kernels_of(program.key).backward, arguments, batch, steps, size, blocks, width)
+    run(_kernels_of(program.key).backward, arguments, batch, steps, size, blocks, width)
     return grad_inputs, None if grad_time_step is None else grad_time_step.sum(0), grad_initial, grad_weights.sum(0)
+
+
+@functools.cache
+def _linear_scan() -> Callable:
+    return define("linear_scan", "", _LINEAR_SCAN)
+
+
+def gated_step_cpu(program: Program, inputs, parameters, state, gate) -> tuple[Tensor, Tensor]:
+    """The output and the next state; arguments as in `mixing.gated_step_definition`."""
+    batch, _, size = gate.shape
+    dtype = torch.float32 if any(x.dtype != gate.dtype for x in inputs) else gate.dtype
+    inputs, rows = [with_rows(x.to(dtype)) for x in inputs], with_rows(gate.to(dtype))
+    parameters = [parameter.float().contiguous() for parameter in parameters]
+    state = state.contiguous()
+    outputs, states = torch.empty_like(rows, memory_format=torch.contiguous_format), torch.empty_like(state)
+    arguments = (
+        tuple(map(place, inputs)),
+        place(rows),
+        state.data_ptr(),
+        tuple(parameter.data_ptr() for parameter in parameters),
+        outputs.data_ptr(),
+        states.data_ptr(),
+        size,
+    )
+    run(_step_kernel(program.key, ARRAYS[dtype]), arguments, batch, 1, size, *partition(batch, size))
+    return outputs.to(gate.dtype), states
 
 
 def _pairs(tensor: Tensor) -> Tensor:
@@ -656,12 +382,9 @@ def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, revers
     pairs = True if initial_state.is_complex() else None
     if pairs:
         decay, inputs, initial_state = _pairs(decay), _pairs(inputs), _pairs(initial_state)
-    states = _empty(batch, steps, inputs.shape[2])
-    blocks, width = _partition(batch, size)
+    states = empty(batch, steps, inputs.shape[2])
+    blocks, width = partition(batch, size)
     initial = initial_state.detach().contiguous().numpy()
-    arguments = (_rows(decay), _rows(inputs), initial, states.numpy(), pairs, reverse)
-    _run(_linear_scan, arguments, batch, steps, size, blocks, width)
+    arguments = (rows_of(decay), rows_of(inputs), initial, states.numpy(), pairs, reverse)
+    run(_linear_scan(), arguments, batch, steps, size, blocks, width)
     return torch.view_as_complex(states.unflatten(2, (size, 2))) if pairs else states
-
-
-KERNELS = Kernels(cell_scan_cpu, cell_scan_backward_cpu, prefix_scan_cpu, serves_cpu)

@@ -161,6 +161,10 @@ class LrcSSMSteps(NamedTuple):
         return self._replace(time_step=time_step, reset=None if self.reset is None else self.reverse(is_last))
 
 
+# Whole sequences of unmasked steps of time 1 of one document, as decoding has them.
+ALL_ALIKE = LrcSSMSteps(None)
+
+
 def may_look(tensor: Tensor) -> bool:
     """Whether values may be checked: elsewhere than on the CPU that would stall the device's queue, and what is being
     traced or transformed has none."""

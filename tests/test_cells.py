@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from lrcssm_hf import Cell, cell_scan, cells, recurrence
+from lrcssm_hf import Cell, backends, cell_scan, cells, recurrence
 from lrcssm_hf.cell_compiler import CellError
 from problems import (
     cast_cell_problem,
@@ -42,7 +42,7 @@ every_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 some_cells = pytest.mark.parametrize(
     "cell", [cells.LRC, cells.LSTM, cells.OSCILLATING_LRC, pendulum], ids=lambda cell: cell.name
 )
-no_numba = isinstance(recurrence._kernels("cpu"), str)
+no_numba = isinstance(backends.kernels_of("cpu"), str)
 needs_numba = pytest.mark.skipif(no_numba, reason="numba is not installed")
 plain_and_full = pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 

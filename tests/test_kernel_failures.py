@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lrcssm_hf import lrc_scan, prefix_scan, recurrence
+from lrcssm_hf import LrcParameters, backends, lrc_scan, prefix_scan
 from problems import cast, definition, outputs_and_gradients, random_problem, relative_error
 
 
 numba = pytest.importorskip("numba")
-recurrence_cpu = pytest.importorskip("lrcssm_hf.recurrence_cpu")
+cpu_kernels = pytest.importorskip("lrcssm_hf.cpu_kernels")
 
 
 @pytest.fixture
@@ -30,14 +30,15 @@ def warnings(caplog):
 @pytest.fixture
 def not_loaded(monkeypatch):
     """As in a process in which no kernel was called yet."""
-    monkeypatch.setattr(recurrence, "_loaded", {})
-    monkeypatch.delitem(sys.modules, "lrcssm_hf.recurrence_cpu")
+    monkeypatch.setattr(backends, "loaded", {})
+    for name in ("cpu_kernels", "mixing_cpu", "recurrence_cpu"):
+        monkeypatch.delitem(sys.modules, f"lrcssm_hf.{name}", raising=False)
 
 
 @pytest.fixture
 def nothing_said(monkeypatch):
-    monkeypatch.setattr(recurrence, "_loaded", dict(recurrence._loaded))
-    monkeypatch.setattr(recurrence_cpu, "_warned", set())
+    monkeypatch.setattr(backends, "loaded", dict(backends.loaded))
+    monkeypatch.setattr(cpu_kernels, "_warned", set())
 
 
 def assert_right(shape=(2, 40, 3), **options):
@@ -90,7 +91,7 @@ def test_a_numba_that_cannot_be_imported(error, not_loaded, monkeypatch, warning
 
     monkeypatch.delitem(sys.modules, "numba")
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    recurrence.load_cpu_kernels()
+    backends.load_cpu_kernels()
     assert_right()
     (warning,) = warnings()
     assert "plain PyTorch on the CPU" in warning and str(error) in warning
@@ -127,21 +128,21 @@ def fail_after_writing_garbage(kernels):
 
 
 def test_kernels_that_fail_give_way_to_pytorch(nothing_said, warnings):
-    recurrence._loaded["cpu"] = fail_after_writing_garbage(recurrence_cpu.KERNELS)
+    backends.loaded["cpu"] = fail_after_writing_garbage(backends.kernels_of("cpu"))
     assert_right()
     (warning,) = warnings()
     assert "plain PyTorch on the CPU" in warning and "no machine code" in warning
 
 
 def test_kernels_that_fail_going_back_only(nothing_said, warnings):
-    broken = fail_after_writing_garbage(recurrence_cpu.KERNELS).cell_scan_backward
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(cell_scan_backward=broken)
+    broken = fail_after_writing_garbage(backends.kernels_of("cpu")).cell_scan_backward
+    backends.loaded["cpu"] = backends.kernels_of("cpu")._replace(cell_scan_backward=broken)
     assert_right()
     assert len(warnings()) == 1
 
 
 def test_kernels_that_were_asked_for_and_fail_say_so(nothing_said, warnings):
-    recurrence._loaded["cpu"] = fail_after_writing_garbage(recurrence_cpu.KERNELS)
+    backends.loaded["cpu"] = fail_after_writing_garbage(backends.kernels_of("cpu"))
     with pytest.raises(RuntimeError, match="backend 'cpu' has failed.*'auto'.*no machine code"):
         assert_right(backend="cpu")
     assert not warnings()
@@ -157,10 +158,11 @@ def allocate_too_much_by_torch(*arguments):
 
 @pytest.mark.parametrize("allocate", [allocate_too_much_by_numpy, allocate_too_much_by_torch])
 def test_memory_that_is_not_there_stays_an_error(allocate, nothing_said, warnings):
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS._replace(cell_scan=allocate)
+    kernels = backends.kernels_of("cpu")
+    backends.loaded["cpu"] = kernels._replace(cell_scan=allocate)
     with pytest.raises((MemoryError, RuntimeError), match="allocate"):
         assert_right()
-    recurrence._loaded["cpu"] = recurrence_cpu.KERNELS
+    backends.loaded["cpu"] = kernels
     assert_right()
     assert not warnings()
 
@@ -170,13 +172,13 @@ def test_what_does_not_compile_at_all_is_not_the_fault_of_the_cache(nothing_said
         return number.no_such_attribute
 
     with pytest.raises(Exception, match="no_such_attribute"):
-        recurrence_cpu._kernel(wrong)(1.0)
+        cpu_kernels.compiled(wrong)(1.0)
     assert not warnings()
 
 
 def test_triton_that_cannot_compile_gives_way_to_pytorch(nothing_said, monkeypatch, warnings):
     recurrence_triton = pytest.importorskip("lrcssm_hf.recurrence_triton")
-    monkeypatch.setitem(recurrence._BACKEND_OF_DEVICE, "cpu", "triton")
+    monkeypatch.setitem(backends._BACKEND_OF_DEVICE, "cpu", "triton")
     monkeypatch.setattr(recurrence_triton.triton.knobs.runtime, "interpret", True)
 
     class Uncompilable:
@@ -198,12 +200,12 @@ def test_an_exported_program_runs_where_there_are_no_kernels(nothing_said, warni
         def forward(self, inputs):
             return lrc_scan(inputs, inputs, parameters)[0]
 
-    parameters = recurrence.LrcParameters(*torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    parameters = LrcParameters(*torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     inputs = torch.randn(2, 40, 3)
     with torch.no_grad():
         program = torch.export.export(Scan(), (inputs,)).module()
         expected = program(inputs)
-        recurrence._give_up("cpu", ImportError("No module named 'numba'"))
+        backends.give_up("cpu", ImportError("No module named 'numba'"))
         assert relative_error(program(inputs), expected) < 1e-5
     assert len(warnings()) == 1
 
@@ -225,7 +227,7 @@ def doubled(values, start, stop):
 def call():
     """As a new process would, by a kernel that is quick to compile."""
     values = torch.arange(4.0).numpy()
-    kernel = recurrence_cpu._kernel(doubled)
+    kernel = cpu_kernels.compiled(doubled)
     for _ in range(2):
         kernel(values, 0, 4)
     assert values.tolist() == [0, 4, 8, 12]
@@ -276,12 +278,13 @@ def test_the_scan_with_a_damaged_cache(cache, not_loaded, warnings):
     assert_linear_scan_right()
     for path in cache.rglob("*.nb?"):
         DAMAGES["cut"](path)
-    recurrence._loaded.clear()
-    del sys.modules["lrcssm_hf.recurrence_cpu"]
+    backends.loaded.clear()
+    for name in ("cpu_kernels", "mixing_cpu", "recurrence_cpu"):
+        del sys.modules[f"lrcssm_hf.{name}"]
     assert_linear_scan_right()
     (warning,) = warnings()
     assert "compiled anew in every process" in warning
-    assert sys.modules["lrcssm_hf.recurrence_cpu"] is not recurrence_cpu
+    assert sys.modules["lrcssm_hf.cpu_kernels"] is not cpu_kernels
 
 
 # --- Threads --------------------------------------------------------------------------------------------------------
@@ -291,10 +294,10 @@ def test_the_scan_with_a_damaged_cache(cache, not_loaded, warnings):
 def two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    recurrence_cpu._pool.cache_clear()
+    cpu_kernels._pool.cache_clear()
     yield
     torch.set_num_threads(threads)
-    recurrence_cpu._pool.cache_clear()
+    cpu_kernels._pool.cache_clear()
 
 
 # Large enough to be shared among threads.
@@ -333,7 +336,7 @@ def _always_another(executor):
 
 
 def test_a_pool_that_another_call_has_shut_down(two_threads, nothing_said, warnings):
-    recurrence_cpu._pool(2).shutdown()
+    cpu_kernels._pool(2).shutdown()
     assert_right(SHARED, backend="cpu")
     assert len(warnings()) == 1
 

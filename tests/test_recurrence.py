@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from lrcssm_hf import LrcParameters, lrc_scan, lrc_step, prefix_scan, recurrence
+from lrcssm_hf import LrcParameters, backends, lrc_scan, lrc_step, prefix_scan, recurrence
 from lrcssm_hf.cells import LRC
 from problems import cast, definition, leaves, outputs_and_gradients, random_problem, relative_error
 
@@ -19,11 +19,11 @@ SHAPES = [(1, 1, 1), (2, 1, 3), (3, 5, 1), (2, 33, 7), (1, 100, 5), (2, 131, 3)]
 
 
 def numba_missing():
-    return isinstance(recurrence._kernels("cpu"), str)
+    return isinstance(backends.kernels_of("cpu"), str)
 
 
 needs_numba = pytest.mark.skipif(numba_missing(), reason="numba is not installed")
-no_interpreter = isinstance(recurrence._kernels("triton"), str) or torch.cuda.is_available()
+no_interpreter = isinstance(backends.kernels_of("triton"), str) or torch.cuda.is_available()
 needs_interpreter = pytest.mark.skipif(no_interpreter, reason="Triton does not interpret its kernels")
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_numba)]
 WAYS = [(solver, "torch") for solver in SOLVERS] + [pytest.param("auto", "cpu", marks=needs_numba)]
@@ -508,14 +508,14 @@ def test_prefix_scan_of_one_decay_for_all_steps_never_writes_it_out(reverse, dty
     cotangent = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, (decay, inputs), cotangent)
 
-    strides, backend = [], recurrence._kernels("cpu")
+    strides, backend = [], backends.kernels_of("cpu")
     if not isinstance(backend, str) and dtype != torch.complex128:
 
         def scan(decay, *arguments):
             strides.append(decay.stride())
             return backend.prefix_scan(decay, *arguments)
 
-        monkeypatch.setitem(recurrence._loaded, "cpu", backend._replace(prefix_scan=scan))
+        monkeypatch.setitem(backends.loaded, "cpu", backend._replace(prefix_scan=scan))
     states = prefix_scan(repeated, inputs, reverse=reverse)
     gradients = torch.autograd.grad(states, (decay, inputs), cotangent.to(dtype))
     assert all(stride == (0, 0, 1) for stride in strides)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.models.mamba import modeling_mamba
 
-from lrcssm_hf.recurrence_cpu import _exp, _inline, _kernel, _run
+from lrcssm_hf.cpu_kernels import _exp, _inline, compiled, run
 
 
 # States are kept at every so many steps, and those between them computed again on the way back.
@@ -38,7 +38,7 @@ def _dot(a, b):
     return total
 
 
-@_kernel
+@compiled
 def _forward(x, dt, decay_rate, inputs, outputs, y, kept, blocks, width, start, stop):
     """Batch rows `start` to `stop` of h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, y_t = C_t h_t; A is (N, D)."""
     steps, size = x.shape[1:]
@@ -53,7 +53,7 @@ def _forward(x, dt, decay_rate, inputs, outputs, y, kept, blocks, width, start, 
                     y[b, t, d] += outputs[b, t, n] * state[n, d]
 
 
-@_kernel
+@compiled
 def _backward(
     grad_y, x, dt, decay_rate, inputs, outputs, kept,
     grad_x, grad_dt, grad_rate, grad_inputs, grad_outputs, blocks, width, start, stop,
@@ -94,7 +94,7 @@ def _backward(
 def _share(kernel, *tensors: Tensor) -> None:
     """Calls the kernel on the first tensor's batch rows, shared among torch's threads."""
     batch, steps, size = tensors[0].shape
-    _run(kernel, tuple(tensor.numpy() for tensor in tensors), batch, steps, size, blocks=1, width=size)
+    run(kernel, tuple(tensor.numpy() for tensor in tensors), batch, steps, size, blocks=1, width=size)
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -1,0 +1,221 @@
+# Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
+"""What the gated block does between its matrix products, each in one pass over memory: `convolution` with its bias and
+SiLU, `silu_gate`, and for decoding `gated_step`, a step of the neurons and the gate at once.
+
+The functions whose names end in `_definition` say in PyTorch what is computed, in float32 at least; so do compilers,
+which fuse it themselves, and transforms. Kernels of `mixing_cpu.py` and `mixing_triton.py` do the same in eager mode.
+Shapes: B batch, T steps, D channels, K taps of the convolution, n states of a neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import by_kernels, kernels_for
+from .cell_compiler import PROGRAMS, Program
+from .cells import Cell
+from .operators import is_transformed, working_dtype
+from .solvers import Problem
+
+
+class _Fused(torch.autograd.Function):
+    """An operator by its kernels, going back too; by its definition where they fail."""
+
+    @staticmethod
+    def forward(ctx, operator: str, definition: Callable, *arguments):
+        ctx.operator, ctx.definition = operator, definition
+        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in arguments]
+        ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in arguments))
+        ctx.set_materialize_grads(False)
+        return _forward(operator, definition, arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+        arguments = [other if tensor is None else tensor for tensor, other in pairs]
+        gradients = by_kernels(f"{ctx.operator}_backward", "auto", arguments[0], *grads, *arguments)
+        if gradients is None:
+            gradients = _through_definition(ctx.definition, arguments, ctx.needs_input_grad[2:], grads)
+        return None, None, *gradients
+
+
+def _forward(operator: str, definition: Callable, arguments: Sequence):
+    results = by_kernels(operator, "auto", arguments[0], *arguments)
+    return definition(*arguments) if results is None else results
+
+
+def _through_definition(definition: Callable, arguments: Sequence, needed: Sequence[bool], grads: Sequence):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if is_needed else x for x, is_needed in zip(arguments, needed)]
+        results = definition(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        results, grads = zip(*((result, grad) for result, grad in zip(results, grads) if grad is not None))
+        wanted = [leaf for leaf, is_needed in zip(leaves, needed) if is_needed]
+        gradients = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
+    return [next(gradients) if is_needed else None for is_needed in needed]
+
+
+def _runs_by_kernels(operator: str, backend: str, tensor: Tensor) -> bool:
+    """Whether nothing is watching that has to see what is computed, and there are kernels."""
+    is_watched = (
+        backend == "torch"
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_transformed()
+        or type(tensor) is not Tensor
+    )
+    return not is_watched and kernels_for(operator, tensor) is not None
+
+
+def _fused(operator: str, definition: Callable, backend: str, *arguments):
+    if not _runs_by_kernels(operator, backend, arguments[0]):
+        return definition(*arguments)
+    if torch.is_grad_enabled():
+        return _Fused.apply(operator, definition, *arguments)
+    return _forward(operator, definition, arguments)
+
+
+# --- The convolution ------------------------------------------------------------------------------------------------
+
+
+def convolution(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    silu: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over the last K steps of the same document, with bias and, for `silu`, a SiLU.
+
+    Args:
+        inputs: (B, T, D).
+        weight: (D, K), the last of which is for the step itself.
+        bias: (D,).
+        past: (B, D, K - 1), the inputs before the first; zero by default.
+        reset: (B, T) bool; where it is set a document begins, and the steps before it count as zero.
+        lengths: (B,), the number of steps that count; all by default.
+        backend: `torch` for the definition.
+
+    Returns:
+        The outputs (B, T, D), and the past of what continues the last document, (B, D, K - 1), both in the dtype of the
+        inputs.
+    """
+    return _fused("convolution", convolution_definition, backend, inputs, weight, bias, past, reset, lengths, silu)
+
+
+def convolution_definition(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """See [`convolution`]: a sum over the taps."""
+    batch, length, size = inputs.shape
+    before = weight.shape[1] - 1
+    document = None if reset is None else F.pad(reset.cumsum(1), (before, 0))
+    past = inputs.new_zeros(batch, before, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+    window = torch.cat([past, inputs], dim=1)
+    dtype = working_dtype(inputs, weight)
+    outputs = inputs.to(dtype) * weight[:, -1] + bias
+    for tap in range(before):
+        tapped = window[:, tap : tap + length].to(dtype) * weight[:, tap]
+        if document is not None:
+            is_other = document[:, tap : tap + length] != document[:, before:]
+            tapped = tapped.masked_fill(is_other.unsqueeze(-1), 0)
+        outputs = outputs + tapped
+    outputs = F.silu(outputs) if silu else outputs
+    return outputs.to(inputs.dtype), _last_steps(window, lengths, document, before).transpose(1, 2)
+
+
+def last_steps(inputs: Tensor, past: Tensor | None, reset: Tensor | None, lengths: Tensor | None, count: int) -> Tensor:
+    """What `convolution` would return as the past after these inputs, (B, D, count)."""
+    batch, _, size = inputs.shape
+    past = inputs.new_zeros(batch, count, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+    document = None if reset is None else F.pad(reset.cumsum(1), (count, 0))
+    return _last_steps(torch.cat([past, inputs], dim=1), lengths, document, count).transpose(1, 2)
+
+
+def _last_steps(window: Tensor, lengths: Tensor | None, document: Tensor | None, count: int) -> Tensor:
+    """The last `count` steps of those that count and of their last document, (B, count + T, D) -> (B, count, D)."""
+    batch, length, size = window.shape
+    if lengths is None and document is None:
+        # A copy, so that the whole window is not kept for its end.
+        return window[:, length - count :].clone()
+    if lengths is None:
+        last = torch.arange(length - count, length, device=window.device).expand(batch, -1)
+    else:
+        last = lengths[:, None] + torch.arange(count, device=window.device)
+    taken = window.gather(1, last.unsqueeze(-1).expand(-1, -1, size))
+    if document is None:
+        return taken
+    return taken.masked_fill((document.gather(1, last) != document[:, -1:]).unsqueeze(-1), 0)
+
+
+# --- The gate -------------------------------------------------------------------------------------------------------
+
+
+def silu_gate(values: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """values * SiLU(gate), both (B, T, D), in the dtype of the gate."""
+    if values.dtype not in (torch.float32, gate.dtype):
+        values = values.to(gate.dtype)
+    return _fused("silu_gate", silu_gate_definition, backend, gate, values)
+
+
+def silu_gate_definition(gate: Tensor, values: Tensor) -> Tensor:
+    """See [`silu_gate`]."""
+    dtype = working_dtype(values, gate)
+    return (values.to(dtype) * F.silu(gate.to(dtype))).to(gate.dtype)
+
+
+# --- Decoding -------------------------------------------------------------------------------------------------------
+
+
+def steps_by_kernels(gate: Tensor, backend: str) -> bool:
+    """Whether `gated_step` is for this gate: for one step, without gradients, where there are kernels."""
+    return gate.shape[1] == 1 and not torch.is_grad_enabled() and _runs_by_kernels("gated_step", backend, gate)
+
+
+def gated_step(
+    cell: Cell, inputs: Mapping[str, Tensor], parameters: Sequence[Tensor], state: Tensor | None, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of a cell's neurons, and the gate on the last state of each, without gradients.
+
+    Args:
+        inputs: by name, (B, 1, D).
+        parameters: (D,), in the cell's order.
+        state: before the step, (B, D), or (B, n, D) for n > 1; zero by default.
+        gate: (B, 1, D).
+
+    Returns:
+        last state * SiLU(gate), (B, 1, D), in the dtype of the gate, and the next state, float32 at least.
+    """
+    program, inputs = PROGRAMS[cell.key(tuple(inputs), False)], list(inputs.values())
+    (batch, _, size), count = gate.shape, len(cell.states)
+    dtype = working_dtype(gate, *parameters, *([] if state is None else [state]))
+    if state is None:
+        state = gate.new_zeros(batch, count, size, dtype=dtype)
+    arguments = program, inputs, parameters, state.view(batch, count, size), gate
+    results = by_kernels("gated_step", "auto", gate, *arguments) if dtype == torch.float32 else None
+    output, state = gated_step_definition(*arguments) if results is None else results
+    return output, state.squeeze(1) if count == 1 else state
+
+
+def gated_step_definition(
+    program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor], state: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See [`gated_step`]; states are (B, n, D)."""
+    problem = Problem.of(program, inputs, None, None, [p.to(state.dtype) for p in parameters], state.dtype)
+    states = problem.advance(state.unsqueeze(1))
+    return silu_gate_definition(gate, states[:, :, -1]), states.squeeze(1)
