@@ -54,9 +54,31 @@ def _cpu_kernels() -> Kernels:
 
 
 def _triton_kernels() -> Kernels:
-    from .recurrence_triton import KERNELS
+    from .mixing_triton import (
+        convolution_backward_triton,
+        convolution_triton,
+        silu_gate_backward_triton,
+        silu_gate_triton,
+    )
+    from .recurrence_triton import (
+        cell_scan_backward_triton,
+        cell_scan_triton,
+        gated_step_triton,
+        prefix_scan_triton,
+        serves_triton,
+    )
 
-    return KERNELS
+    return Kernels(
+        cell_scan_triton,
+        cell_scan_backward_triton,
+        prefix_scan_triton,
+        gated_step_triton,
+        convolution_triton,
+        convolution_backward_triton,
+        silu_gate_triton,
+        silu_gate_backward_triton,
+        serves_triton,
+    )
 
 
 def give_up(backend: str, error: Exception) -> None:

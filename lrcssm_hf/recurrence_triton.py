@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, Tape, Value, fill, operands
-from .operators import SOLVERS, Kernels
+from .operators import SOLVERS
 from .solvers import gathered_rounding, last_changes
 
 
@@ -101,6 +101,12 @@ def _sigmoids(a, b):
 
 
 @triton.jit
+def sigmoid(x):
+    a = _exp2(tl.minimum(x * 1.4426950408889634, 58.0, propagate_nan=tl.PropagateNan.ALL))
+    return a * _reciprocal(1.0 + a)
+
+
+@triton.jit
 def _finite(x):
     return tl.abs(x) < float("inf")
 
@@ -124,7 +130,7 @@ def _relative(error, scale):
 
 
 @triton.jit
-def _program(chunks, blocks, BLOCK: tl.constexpr):
+def program_of(chunks, blocks, BLOCK: tl.constexpr):
     """Batch row, chunk, channel block and its channels."""
     program = tl.program_id(0).to(tl.int64)
     block = program % blocks
@@ -139,7 +145,7 @@ def _hold_kernel(
 
     last_change (B, T): the last step, counted from 1, at which the state may have changed; 0 is the initial state.
     """
-    b, index, _, channel = _program(chunks, blocks, BLOCK)
+    b, index, _, channel = program_of(chunks, blocks, BLOCK)
     inside = channel < size
     first = index * chunk
     source = tl.load(last_change + b * steps + first)
@@ -170,7 +176,7 @@ def _linear_kernel(
     With `products`, from zero, leaving each chunk's product and end; otherwise from `starts`, writing the states. With
     `unsolved`, only the blocks for which it is set.
     """
-    b, index, block, channel = _program(chunks, blocks, BLOCK)
+    b, index, block, channel = program_of(chunks, blocks, BLOCK)
     inside = (channel < size) | EVEN
     entry = (b * chunks + index) * size + channel
     first = index * chunk
@@ -223,7 +229,7 @@ def find_starts(
 
     `unsolved` (B, blocks) is set where a product has overflowed, which the state need not have done.
     """
-    b, _, block, channel = _program(1, blocks, BLOCK)
+    b, _, block, channel = program_of(1, blocks, BLOCK)
     is_channel = channel < size
     $zero_carries
     if initial is not None:
@@ -285,7 +291,7 @@ def sweep(
 
     starts, amplitudes (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
     """
-    b, index, block, channel = _program(chunks, blocks, BLOCK)
+    b, index, block, channel = program_of(chunks, blocks, BLOCK)
     is_channel = (channel < size) | EVEN
     inside = is_channel
     $load_weights
@@ -321,6 +327,23 @@ def sweep(
 
 
 @triton.jit
+def step(
+    $in_pointers, $weight_pointers, initial, gates, outputs, following, $in_batch_strides, g_b, size, blocks,
+    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """One step of all neurons, and the gate on the last state of each; `mixing.gated_step_definition`."""
+    b, _, _, channel = program_of(1, blocks, BLOCK)
+    inside = channel < size
+    $load_step_inputs
+    $load_step_weights
+    $load_step_states
+    $states, $jacobian = linearise($states, $inputs, tl.full([], 1.0, DTYPE), tl.full([], 0, tl.int1)$weights)
+    gate = tl.load(gates + b * g_b + channel, mask=inside, other=0.0).to(DTYPE)
+    tl.store(outputs + b * size + channel, gate * sigmoid(gate) * $last_state, mask=inside)
+    $store_step_states
+
+
+@triton.jit
 def stitch(
     starts, trajectory, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch, tolerance, gathered,
     BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
@@ -329,7 +352,7 @@ def stitch(
 
     `gathered` is what the rounding of a chunk may be, `solvers.gathered_rounding`.
     """
-    b, _, block, channel = _program(1, blocks, BLOCK)
+    b, _, block, channel = program_of(1, blocks, BLOCK)
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
     log_entry = log + b * blocks + block
@@ -372,7 +395,7 @@ def newton(
 ):
     """All of Newton's iterations for a block of channels; `both` (2, B, T, n, D), of which the first half is zero at
     first and the solution at last."""
-    b, _, block, channel = _program(1, blocks, BLOCK)
+    b, _, block, channel = program_of(1, blocks, BLOCK)
     is_channel = channel < size
     $load_weights
     $load_initial
@@ -432,7 +455,7 @@ def adjoint(
     before it, and in `products` its transposed Jacobian. Otherwise from `incoming`, writing the gradients: those of the
     inputs (B, T, D), grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
     """
-    b, index, block, channel = _program(chunks, blocks, BLOCK)
+    b, index, block, channel = program_of(chunks, blocks, BLOCK)
     is_channel = (channel < size) | EVEN
     inside = is_channel
     $load_weights
@@ -632,6 +655,17 @@ def _cell_parts(program: Program) -> dict[str, str | list[str]]:
         "weights": "".join(f", {name}" for name in weights),
         "in_pointers": [f"{name}_pointer" for name in inputs],
         "in_strides": [f"{name}_{axis}" for name in inputs for axis in "bt"],
+        "in_batch_strides": [f"{name}_b" for name in inputs],
+        "weight_pointers": [f"{name}_pointer" for name in weights],
+        "load_step_inputs": [_load(name, f"{name}_pointer + b * {name}_b + channel") + ".to(DTYPE)" for name in inputs],
+        "load_step_weights": [_load(name, f"{name}_pointer + channel") + ".to(DTYPE)" for name in weights],
+        "load_step_states": [
+            _load(name, f"initial + (b * {program.states} + {i}) * size + channel") for i, name in enumerate(states)
+        ],
+        "last_state": states[-1],
+        "store_step_states": [
+            _store(f"following + (b * {program.states} + {i}) * size + channel", name) for i, name in enumerate(states)
+        ],
         "rows": [f"{name}_row" for name in inputs],
         "rows_at_t": [f"b * {name}_b + t * {name}_t" for name in inputs],
         "grad_pointers": [f"grad_{name}" for name in inputs],
@@ -743,7 +777,7 @@ def _for_powers_of_two(program: Program) -> Program:
 @functools.cache
 def _scan_kernels(states: int) -> SimpleNamespace:
     """`compose` and `find_starts` for so many states a neuron."""
-    return _defined(f"scan{states}", fill(_SCAN_TEMPLATE, **_state_parts(states)))
+    return define(f"scan{states}", fill(_SCAN_TEMPLATE, **_state_parts(states)))
 
 
 @functools.cache
@@ -751,10 +785,10 @@ def _cell_kernels(key: str) -> SimpleNamespace:
     """A program's kernels, by the names that they have in the template."""
     program = PROGRAMS[key]
     text = fill(_CELL_TEMPLATE, **_state_parts(program.states), **_cell_parts(_for_powers_of_two(program)))
-    return _defined(key, text, compose=_scan_kernels(program.states).compose)
+    return define(key, text, compose=_scan_kernels(program.states).compose)
 
 
-def _defined(name: str, text: str, **names) -> SimpleNamespace:
+def define(name: str, text: str, **names) -> SimpleNamespace:
     """What the text defines, in this module and with more names."""
     source = f"<{__name__}.{name}>"
     # Where Triton looks for what it compiles.
@@ -777,7 +811,7 @@ def _lanes(device: torch.device) -> int:
     return properties["multiprocessor_count"] * _LANES
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     """Triton launches on the current device, which need not be the tensors'."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
@@ -788,7 +822,7 @@ def _chunk_length(batch: int, steps: int, size: int, device: torch.device, fewes
     return steps if chunks < fewest else -(-steps // chunks)
 
 
-def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+def with_rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
     """A (B, T, D) tensor with contiguous channels, and its other strides."""
     if tensor is None:
         return None, 0, 0
@@ -799,13 +833,13 @@ def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 def _operands(inputs, time_step, reset, weights) -> tuple[tuple, tuple]:
     """The pointers and strides that a cell's kernels begin with."""
-    rows, *strides = zip(*map(_rows, inputs))
+    rows, *strides = zip(*map(with_rows, inputs))
     dt = None if time_step is None else time_step.to(weights.dtype).contiguous()
     fresh = None if reset is None else reset.contiguous().view(torch.uint8)
     return (*rows, dt, fresh, weights.contiguous()), [stride for pair in zip(*strides) for stride in pair]
 
 
-def _options(tensor: Tensor, size: int, **options) -> dict:
+def options_for(tensor: Tensor, size: int, **options) -> dict:
     double = tensor.dtype == torch.float64
     block = max(16, min(_BLOCK // 2 if double else _BLOCK, triton.next_power_of_2(size)))
     # Said explicitly, because Triton is about to change its default.
@@ -820,12 +854,13 @@ def _walk(tensor: Tensor, size: int, block: int, states: int = 1) -> dict:
 
 def serves_triton(operator: str, tensor: Tensor) -> bool:
     on_gpu = tensor.device.type in ("cuda", "xpu") or triton.knobs.runtime.interpret
-    return on_gpu and tensor.dtype in (torch.float32, torch.float64)
+    is_scan = operator in ("cell_scan", "cell_scan_backward", "prefix_scan")
+    return on_gpu and (tensor.dtype in (torch.float32, torch.float64) if is_scan else tensor.is_floating_point())
 
 
 def _channels(tensor: Tensor, program: Program, size: int) -> int:
     """Channels of a program of a launch: fewer where a neuron has more states to keep in registers."""
-    return max(16, _options(tensor, size)["BLOCK"] // program.states)
+    return max(16, options_for(tensor, size)["BLOCK"] // program.states)
 
 
 def _tile(most: int, tensor: Tensor, states: int) -> int:
@@ -846,7 +881,7 @@ def cell_scan_triton(
         solver = "sequential" if chunk == steps else "chunked"
     pointers, strides = _operands(inputs, time_step, reset, weights)
     initial = initial_state.contiguous()
-    options = _options(weights, size, BLOCK=_channels(weights, program, size))
+    options = options_for(weights, size, BLOCK=_channels(weights, program, size))
     if solver == "newton":
         options["BLOCK"] = max(16, options["BLOCK"] // 2)
     blocks = triton.cdiv(size, options["BLOCK"])
@@ -861,7 +896,7 @@ def cell_scan_triton(
             **options, **_walk(weights, size, options["BLOCK"], program.states), num_warps=1,
         )  # fmt: skip
 
-    with _on(weights.device):
+    with on_device(weights.device):
         if solver == "sequential":
             log[0] = 1
             sweep(initial, None, None, steps, None)
@@ -906,7 +941,7 @@ def cell_scan_backward_triton(
     pointers, strides = _operands(inputs, time_step, reset, weights)
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
     initial = initial_state.contiguous()
-    options = _options(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
+    options = options_for(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
     options |= _walk(weights, size, options["BLOCK"], program.states)
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(max(1, batch), steps, max(1, size), weights.device, fewest=2)
@@ -928,7 +963,7 @@ def cell_scan_backward_triton(
         )  # fmt: skip
 
     if batch * size > 0:
-        with _on(weights.device):
+        with on_device(weights.device):
             if chunks > 1:
                 products = weights.new_empty(batch, chunks, program.states, program.states, size)
                 ends = torch.empty_like(incoming)
@@ -940,9 +975,25 @@ def cell_scan_backward_triton(
     return grad_inputs, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 
 
+def gated_step_triton(program: Program, inputs, parameters, state, gate) -> tuple[Tensor, Tensor]:
+    """The output and the next state; arguments as in `mixing.gated_step_definition`."""
+    batch, _, size = gate.shape
+    outputs, following = torch.empty_like(gate, memory_format=torch.contiguous_format), torch.empty_like(state)
+    rows, strides, _ = zip(*map(with_rows, inputs))
+    gates, g_b, _ = with_rows(gate)
+    options = options_for(state, size, BLOCK=_channels(state, program, size), num_warps=1)
+    blocks = triton.cdiv(size, options["BLOCK"])
+    with on_device(gate.device):
+        _cell_kernels(program.key).step[(batch * blocks,)](
+            *rows, *(parameter.contiguous() for parameter in parameters), state.contiguous(), gates, outputs,
+            following, *strides, g_b, size, blocks, **options,
+        )  # fmt: skip
+    return outputs, following
+
+
 def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
     batch, chunks, states, size = starts.shape
-    options = _options(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=4)
+    options = options_for(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=4)
     options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
     find_starts = _scan_kernels(states).find_starts
@@ -955,9 +1006,9 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
     states = initial_state.new_empty(batch, steps, size)
     if states.numel() == 0:
         return states
-    (decay, *a_strides), (inputs, *u_strides) = _rows(decay), _rows(inputs)
+    (decay, *a_strides), (inputs, *u_strides) = with_rows(decay), with_rows(inputs)
     initial = initial_state.contiguous()
-    options = _options(states, size, REVERSE=reverse, num_warps=1)
+    options = options_for(states, size, REVERSE=reverse, num_warps=1)
     options |= _walk(states, size, options["BLOCK"])
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(batch, steps, size, states.device, fewest=4)
@@ -969,7 +1020,7 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
             chunk, chunks, blocks, **options,
         )  # fmt: skip
 
-    with _on(states.device):
+    with on_device(states.device):
         if chunk == steps:
             scan(initial, None, None, None, steps)
         else:
@@ -981,6 +1032,3 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)
     return states
-
-
-KERNELS = Kernels(cell_scan_triton, cell_scan_backward_triton, prefix_scan_triton, serves_triton)
