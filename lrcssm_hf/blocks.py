@@ -6,6 +6,8 @@ Shapes: B batch, T steps, H hidden_size, D state_size, K conv_kernel. Recurrent 
 cell of n states a neuron.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,25 +19,43 @@ from .cells import LRC, LRC_SYMMETRIC, REGISTERED
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import steps_before
 from .initialization import init_cell_neurons, init_lrc_neurons
-from .mixing import convolution, gated_step, last_steps, silu_gate, steps_by_kernels
+from .mixing import convolution, decodes_by_kernels, gated_step, last_steps, silu_gate
 from .recurrence import LrcParameters, cell_scan, lrc_scan, prefix_scan
 from .stability import confine
 from .steps import ALL_ALIKE, LrcSSMSteps
 
 
-class LrcSSMNeurons(nn.Module):
-    """A layer of D liquid neurons with a diagonal recurrence, driven by an input of `input_size` channels.
+class DrivenNeurons(nn.Module):
+    """What every layer of D neurons has: one projection of its input, of `input_size` channels, into the cell's inputs,
+    and a parameter of each neuron by each of the names.
 
-    The input passes through the sensory activation and one projection into the currents c, d and, with
-    `elastance_input`, q (paper, equations 7 to 10); `lrc_scan` solves the recurrence.
+    With `sensory_activation`, every channel of the input passes through a sigmoid of its own first.
     """
 
-    def __init__(self, config: LrcSSMConfig, input_size: int):
+    def __init__(self, config: LrcSSMConfig, input_size: int, inputs: Sequence[str], names: Sequence[str], bias: bool):
         super().__init__()
-        self.config = config
-        self.gated = config.block_type == "gated"
-        size = config.state_size
-        self.currents = nn.Linear(input_size, size * (3 if config.elastance_input else 2), bias=False)
+        self.config, self.size, self.inputs = config, config.state_size, tuple(inputs)
+        self.currents = nn.Linear(input_size, self.size * len(inputs), bias=bias)
+        # Its own, not those of a dictionary: transformers takes a module without any to be initialised.
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(self.size)))
+        self.senses = config.sensory_activation == "sigmoid"
+        if self.senses:
+            self.sensory_scale = nn.Parameter(torch.empty(input_size))
+            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+
+    def drive(self, inputs: Tensor) -> dict[str, Tensor]:
+        """(B, T, input_size) -> the cell's inputs (B, T, D), by name."""
+        if self.senses:
+            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
+        return dict(zip(self.inputs, self.currents(inputs).chunk(len(self.inputs), dim=-1)))
+
+
+class LrcSSMNeurons(DrivenNeurons):
+    """A layer of liquid neurons with a diagonal recurrence, driven by the currents c, d and, with `elastance_input`, q
+    (paper, equations 7 to 10); `lrc_scan` solves the recurrence."""
+
+    def __init__(self, config: LrcSSMConfig, input_size: int):
         names = ["leak_conductance", "leak_potential", "elastance_bias"]
         if config.state_dependence == "full":
             names += ["activation_scale", "activation_shift", "forget_weight", "update_weight"]
@@ -43,11 +63,13 @@ class LrcSSMNeurons(nn.Module):
                 names += ["elastance_weight"]
         if config.elastance == "symmetric":
             names += ["elastance_shift"]
-        for name in names:
-            self.register_parameter(name, nn.Parameter(torch.empty(size)))
-        if config.sensory_activation == "sigmoid":
-            self.sensory_scale = nn.Parameter(torch.empty(input_size))
-            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+        inputs = LRC.inputs if config.elastance_input else LRC.inputs[:2]
+        super().__init__(config, input_size, inputs, names, bias=False)
+        self.gated = config.block_type == "gated"
+        self.cell = LRC_SYMMETRIC if config.elastance == "symmetric" else LRC
+        self.bound = config.jacobian_bound
+        # Whether `gated_step` is for it: it is no linear recurrence.
+        self.decodes = config.state_dependence == "full"
 
     def init_weights(self):
         """See `initialization.py`."""
@@ -60,29 +82,23 @@ class LrcSSMNeurons(nn.Module):
         if shift is not None and self.gated:
             # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
             shift = F.softplus(shift)
-        values = [self._parameters.get(name) for name in LrcParameters._fields[:-1]]
+        values = [getattr(self, name, None) for name in LrcParameters._fields[:-1]]
         if any(value is None for value in values):
             nothing = torch.zeros_like(self.elastance_bias)
             values = [nothing if value is None else value for value in values]
         parameters = LrcParameters(*values, shift)
-        return parameters if self.config.jacobian_bound is None else confine(parameters, self.config.jacobian_bound)
-
-    def _drive(self, inputs: Tensor) -> dict[str, Tensor | None]:
-        """The currents c, d and q by their names in the cell."""
-        if self.config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        return dict(zip(LRC.inputs, self.currents(inputs).split(self.config.state_size, dim=-1)))
+        return parameters if self.bound is None else confine(parameters, self.bound)
 
     def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, input_size), (B, D), (B, 1, D) -> the state after the step, gated, and as it is; see `mixing.py`."""
-        parameters = [parameter for parameter in self.lrc_parameters() if parameter is not None]
-        cell = LRC if len(parameters) == len(LRC.parameters) else LRC_SYMMETRIC
-        return gated_step(cell, self._drive(inputs), parameters, state, gate)
+        return gated_step(
+            self.cell, self.drive(inputs), self.lrc_parameters()[: len(self.cell.parameters)], state, gate
+        )
 
     def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
         config, time_step, reset = self.config, steps.time_step, steps.reset
-        currents = self._drive(inputs)
+        currents = self.drive(inputs)
         forget_input, update_input = currents["forget_input"], currents["update_input"]
         elastance_input = currents.get("elastance_input")
         parameters = self.lrc_parameters()
@@ -120,24 +136,16 @@ class LrcSSMNeurons(nn.Module):
         )
 
 
-class LrcSSMCellNeurons(nn.Module):
-    """A layer of D neurons of the cell `config.cell`, driven by an input of `input_size` channels.
+class LrcSSMCellNeurons(DrivenNeurons):
+    """A layer of neurons of the cell `config.cell`, of which the last state is the layer's output."""
 
-    One projection of the input is all of the cell's inputs, and the last state of every neuron is the layer's output.
-    """
+    # See `LrcSSMNeurons`.
+    decodes = True
 
     def __init__(self, config: LrcSSMConfig, input_size: int):
-        super().__init__()
-        self.config = config
-        self.cell = REGISTERED[config.cell]
-        size = config.state_size
-        self.currents = nn.Linear(input_size, size * len(self.cell.inputs))
-        # Its own, not those of a dictionary: transformers takes a module without any to be initialised.
-        for name in self.cell.parameters:
-            self.register_parameter(f"cell_{name}", nn.Parameter(torch.empty(size)))
-        if config.sensory_activation == "sigmoid":
-            self.sensory_scale = nn.Parameter(torch.empty(input_size))
-            self.sensory_shift = nn.Parameter(torch.empty(input_size))
+        cell = REGISTERED[config.cell]
+        super().__init__(config, input_size, cell.inputs, [f"cell_{name}" for name in cell.parameters], bias=True)
+        self.cell = cell
 
     def init_weights(self):
         """See `initialization.py`."""
@@ -147,22 +155,16 @@ class LrcSSMCellNeurons(nn.Module):
         """As `cell_scan` takes them, (D,) each."""
         return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
 
-    def _drive(self, inputs: Tensor) -> dict[str, Tensor]:
-        """The cell's inputs by name."""
-        if self.config.sensory_activation == "sigmoid":
-            inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        return dict(zip(self.cell.inputs, self.currents(inputs).split(self.config.state_size, dim=-1)))
-
     def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, input_size), (B, D) or (B, n, D), (B, 1, D) -> the output after the step, gated, and the state."""
-        return gated_step(self.cell, self._drive(inputs), list(self.cell_parameters().values()), state, gate)
+        return gated_step(self.cell, self.drive(inputs), list(self.cell_parameters().values()), state, gate)
 
     def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
         config = self.config
         states, final_state = cell_scan(
             self.cell,
-            self._drive(inputs),
+            self.drive(inputs),
             self.cell_parameters(),
             initial_state=initial_state,
             time_step=steps.time_step,
@@ -179,6 +181,11 @@ def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSS
     return (LrcSSMNeurons if config.cell == "lrc" else LrcSSMCellNeurons)(config, input_size)
 
 
+def other_than_silu(config: LrcSSMConfig) -> nn.Module | None:
+    """The activation, where it is not the one that `mixing.py` fuses."""
+    return None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
+
+
 class LrcSSMConvolution(nn.Module):
     """Causal depthwise convolution over the last K steps, and the activation: (B, T, D) -> (B, T, D).
 
@@ -187,10 +194,9 @@ class LrcSSMConvolution(nn.Module):
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.config = config
         self.weight = nn.Parameter(torch.empty(config.state_size, config.conv_kernel))
         self.bias = nn.Parameter(torch.empty(config.state_size))
-        self.act = ACT2FN[config.hidden_act]
+        self.act = other_than_silu(config)
 
     @torch.no_grad()
     def init_weights(self):
@@ -201,7 +207,7 @@ class LrcSSMConvolution(nn.Module):
 
     def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
-        config, before = self.config, self.weight.shape[1] - 1
+        before = self.weight.shape[1] - 1
         if steps.group is not None and before > 0:
             last = last_steps(inputs, past, steps.reset, steps.lengths, before).mT
             count = steps.lengths
@@ -210,18 +216,15 @@ class LrcSSMConvolution(nn.Module):
             if steps.reset is not None:
                 count = torch.where(steps.reset.any(1), before, count)
             past = steps_before(last, count, steps.group).mT
-        silu = config.hidden_act == "silu"
         outputs, past = convolution(
-            inputs, self.weight, self.bias, past, steps.reset, steps.lengths, silu=silu, backend=config.backend
+            inputs, self.weight, self.bias, past, steps.reset, steps.lengths, silu=self.act is None
         )
-        return outputs if silu else self.act(outputs), past
+        return outputs if self.act is None else self.act(outputs), past
 
 
-def gated(values: Tensor, gate: Tensor, config: LrcSSMConfig) -> Tensor:
-    """values * act(gate), in the dtype of the gate."""
-    if config.hidden_act == "silu":
-        return silu_gate(values, gate, backend=config.backend)
-    return values.to(gate.dtype) * ACT2FN[config.hidden_act](gate)
+def gated(values: Tensor, gate: Tensor, act: nn.Module | None) -> Tensor:
+    """values * act(gate), in the dtype of the gate; None is SiLU."""
+    return silu_gate(values, gate) if act is None else values.to(gate.dtype) * act(gate)
 
 
 class LrcSSMMixer(nn.Module):
@@ -229,13 +232,11 @@ class LrcSSMMixer(nn.Module):
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.config = config
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.state_size, bias=False)
         self.convolution = LrcSSMConvolution(config)
         self.neurons = make_neurons(config, config.state_size)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
-        # Whether `gated_step` is the same.
-        self.decodes = config.hidden_act == "silu" and (config.cell != "lrc" or config.state_dependence == "full")
+        self.act = other_than_silu(config)
 
     def forward(
         self,
@@ -247,11 +248,11 @@ class LrcSSMMixer(nn.Module):
         """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
-        if self.decodes and steps == ALL_ALIKE and steps_by_kernels(gate, self.config.backend):
+        if self.act is None and steps == ALL_ALIKE and self.neurons.decodes and decodes_by_kernels(gate):
             mixed, recurrent_state = self.neurons.gated_step(branch, recurrent_state, gate)
         else:
             states, recurrent_state = self.neurons(branch, recurrent_state, steps)
-            mixed = gated(states, gate, self.config)
+            mixed = gated(states, gate, self.act)
         return self.out_proj(mixed), conv_state, recurrent_state
 
 
@@ -263,11 +264,11 @@ class LrcSSMMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.config = config
+        self.act = other_than_silu(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
-        return self.down_proj(gated(self.up_proj(hidden_states), self.gate_proj(hidden_states), self.config))
+        return self.down_proj(gated(self.up_proj(hidden_states), self.gate_proj(hidden_states), self.act))
 
 
 # Blocks are functions of the states and no more: one that wrote to a cache would do it again when it is recomputed for
@@ -294,8 +295,12 @@ class LrcSSMGatedBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
         mixed, *state = self.mixer(self.mixer_norm(hidden_states), steps, conv_state, recurrent_state)
-        hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states))), *state
+        hidden_states = hidden_states + self._drop(mixed)
+        return hidden_states + self._drop(self.mlp(self.mlp_norm(hidden_states))), *state
+
+    def _drop(self, outputs: Tensor) -> Tensor:
+        # Decoding has no time for modules that do nothing.
+        return self.dropout(outputs) if self.training else outputs
 
 
 class LrcSSMPaperLinear(nn.Linear):

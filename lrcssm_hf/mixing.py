@@ -34,11 +34,13 @@ class _Fused(torch.autograd.Function):
         return _forward(operator, definition, arguments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
         arguments = [other if tensor is None else tensor for tensor, other in pairs]
-        gradients = by_kernels(f"{ctx.operator}_backward", "auto", arguments[0], *grads, *arguments)
+        gradients = None
+        # With `create_graph`, what is computed has to be seen.
+        if not torch.is_grad_enabled():
+            gradients = by_kernels(f"{ctx.operator}_backward", "auto", arguments[0], *grads, *arguments)
         if gradients is None:
             gradients = _through_definition(ctx.definition, arguments, ctx.needs_input_grad[2:], grads)
         return None, None, *gradients
@@ -50,32 +52,28 @@ def _forward(operator: str, definition: Callable, arguments: Sequence):
 
 
 def _through_definition(definition: Callable, arguments: Sequence, needed: Sequence[bool], grads: Sequence):
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() if is_needed else x for x, is_needed in zip(arguments, needed)]
-        results = definition(*leaves)
+        if not again:
+            arguments = [x.detach().requires_grad_() if is_needed else x for x, is_needed in zip(arguments, needed)]
+        results = definition(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         results, grads = zip(*((result, grad) for result, grad in zip(results, grads) if grad is not None))
-        wanted = [leaf for leaf, is_needed in zip(leaves, needed) if is_needed]
-        gradients = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
+        wanted = [x for x, is_needed in zip(arguments, needed) if is_needed]
+        gradients = iter(torch.autograd.grad(results, wanted, grads, create_graph=again, allow_unused=True))
     return [next(gradients) if is_needed else None for is_needed in needed]
 
 
-def _runs_by_kernels(operator: str, backend: str, tensor: Tensor) -> bool:
-    """Whether nothing is watching that has to see what is computed, and there are kernels."""
-    is_watched = (
-        backend == "torch"
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_transformed()
-        or type(tensor) is not Tensor
-    )
-    return not is_watched and kernels_for(operator, tensor) is not None
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether somebody has to see what is computed: compilers, transforms, and the modes that come with tensors of
+    other types."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or type(tensor) is not Tensor
 
 
-def _fused(operator: str, definition: Callable, backend: str, *arguments):
-    if not _runs_by_kernels(operator, backend, arguments[0]):
+def _fused(operator: str, definition: Callable, *arguments):
+    if _is_watched(arguments[0]):
         return definition(*arguments)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and kernels_for(operator, arguments[0]) is not None:
         return _Fused.apply(operator, definition, *arguments)
     return _forward(operator, definition, arguments)
 
@@ -92,7 +90,6 @@ def convolution(
     lengths: Tensor | None = None,
     *,
     silu: bool = True,
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution over the last K steps of the same document, with bias and, for `silu`, a SiLU.
 
@@ -103,13 +100,12 @@ def convolution(
         past: (B, D, K - 1), the inputs before the first; zero by default.
         reset: (B, T) bool; where it is set a document begins, and the steps before it count as zero.
         lengths: (B,), the number of steps that count; all by default.
-        backend: `torch` for the definition.
 
     Returns:
         The outputs (B, T, D), and the past of what continues the last document, (B, D, K - 1), both in the dtype of the
         inputs.
     """
-    return _fused("convolution", convolution_definition, backend, inputs, weight, bias, past, reset, lengths, silu)
+    return _fused("convolution", convolution_definition, inputs, weight, bias, past, reset, lengths, silu)
 
 
 def convolution_definition(
@@ -166,25 +162,35 @@ def _last_steps(window: Tensor, lengths: Tensor | None, document: Tensor | None,
 # --- The gate -------------------------------------------------------------------------------------------------------
 
 
-def silu_gate(values: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+# Fewer numbers than this PyTorch has done before a kernel is found.
+_FEW = 1 << 12
+
+
+def silu_gate(values: Tensor, gate: Tensor) -> Tensor:
     """values * SiLU(gate), both (B, T, D), in the dtype of the gate."""
+    if _is_watched(gate) or gate.numel() < _FEW:
+        return silu_gate_definition(gate, values)
     if values.dtype not in (torch.float32, gate.dtype):
         values = values.to(gate.dtype)
-    return _fused("silu_gate", silu_gate_definition, backend, gate, values)
+    return _fused("silu_gate", silu_gate_definition, gate, values)
 
 
 def silu_gate_definition(gate: Tensor, values: Tensor) -> Tensor:
     """See [`silu_gate`]."""
     dtype = working_dtype(values, gate)
+    if gate.dtype is dtype is values.dtype:
+        return values * F.silu(gate)
     return (values.to(dtype) * F.silu(gate.to(dtype))).to(gate.dtype)
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------
 
 
-def steps_by_kernels(gate: Tensor, backend: str) -> bool:
+def decodes_by_kernels(gate: Tensor) -> bool:
     """Whether `gated_step` is for this gate: for one step, without gradients, where there are kernels."""
-    return gate.shape[1] == 1 and not torch.is_grad_enabled() and _runs_by_kernels("gated_step", backend, gate)
+    # Compilers first, for which a length that is looked at is no longer open.
+    is_alone = not _is_watched(gate) and gate.shape[1] == 1 and not torch.is_grad_enabled()
+    return is_alone and kernels_for("gated_step", gate) is not None
 
 
 def gated_step(

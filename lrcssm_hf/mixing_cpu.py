@@ -28,7 +28,7 @@ _CONVOLUTION = """
 def convolution(inputs, past, resets, lengths, weight, bias, outputs, last, steps, size, blocks, width, start, stop):
     (x_at, x_b, x_t), (fresh_at, fresh_b, fresh_t) = inputs, resets
     x, y, w = $array(x_at), $array(outputs), _floats(weight)
-    s = np.zeros($rows * _WIDTH, np.float32)
+    s = np.empty($rows * _WIDTH, np.float32)
     for item in range(start, stop):
         b, first, count, padded = _block(item, blocks, width, size)
         end = _longs(lengths)[b] if lengths else steps
@@ -37,8 +37,9 @@ def convolution(inputs, past, resets, lengths, weight, bias, outputs, last, step
             for j in range(count):
                 s[k * _WIDTH + j] = w[(first + j + 1) * $taps - 1 - k]
         _load(s, $taps * _WIDTH, _floats(bias), first, count)
-        s[($input + 1) * _WIDTH : ($input + $taps) * _WIDTH] = 0
-        if past:
+        if not past:
+            s[($input + 1) * _WIDTH : ($input + $taps) * _WIDTH] = 0
+        else:
             _load_across(s, $input + 1, $array(past), kept, count, $taps - 1, $taps - 1)
         for t in range(steps + 1):
             if t == end:

@@ -44,7 +44,7 @@ def find_before(x, past, reset, b, at, x_b, x_t, r_b, r_t, size, channel, inside
 
 
 @triton.jit
-def forward(
+def convolution(
     x, weight, bias, past, reset, lengths, outputs, last,
     x_b, x_t, r_b, r_t, steps, size, chunks, blocks,
     CHUNK: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
@@ -74,7 +74,7 @@ def forward(
 
 
 @triton.jit
-def backward(
+def convolution_backward(
     grads, grad_last, x, weight, bias, past, reset, lengths, grad_inputs, grad_past, grad_weights,
     g_b, g_t, x_b, x_t, r_b, r_t, steps, size, chunks, blocks,
     CHUNK: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
@@ -200,7 +200,7 @@ def convolution_triton(inputs, weight, bias, past, reset, lengths, silu: bool) -
     options = options_for(inputs, size, CHUNK=_CHUNK, SILU=silu, num_warps=1)
     chunks, blocks = max(1, triton.cdiv(steps, _CHUNK)), triton.cdiv(size, options["BLOCK"])
     with on_device(inputs.device):
-        _convolution_kernels(taps).forward[(batch * chunks * blocks,)](
+        _convolution_kernels(taps).convolution[(batch * chunks * blocks,)](
             x, weight.contiguous(), bias.contiguous(), past, flags, lengths, outputs, last,
             *strides, *r_strides, steps, size, chunks, blocks, **options,
         )  # fmt: skip
@@ -225,7 +225,7 @@ def convolution_backward_triton(
     grad_weights = weight.new_empty(batch, chunks, taps + 1, size, dtype=dtype)
     if batch * size > 0:
         with on_device(inputs.device):
-            _convolution_kernels(taps).backward[(batch * chunks * blocks,)](
+            _convolution_kernels(taps).convolution_backward[(batch * chunks * blocks,)](
                 g, grad_last, x, weight.contiguous(), bias.contiguous(), past, flags, lengths,
                 grad_inputs, inputs.new_empty(batch, size, taps - 1) if grad_past is None else grad_past, grad_weights,
                 *g_strides, *strides, *r_strides, steps, size, chunks, blocks, **options,

@@ -102,9 +102,10 @@ class LrcSSMModel(InputsMixin, LrcSSMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def block(self, index: int) -> nn.Module:
-        """The block that is the layer `index`; with `config.num_hidden_groups`, consecutive layers are one block."""
-        return self.layers[index * len(self.layers) // self.config.num_hidden_layers]
+    def blocks(self) -> list[nn.Module]:
+        """The block of every layer; with `config.num_hidden_groups`, consecutive layers are one block."""
+        blocks, depth = list(self.layers), self.config.num_hidden_layers
+        return [blocks[index * len(blocks) // depth] for index in range(depth)]
 
     @takes_cache
     @refuses_unknown()
@@ -211,17 +212,16 @@ class LrcSSMModel(InputsMixin, LrcSSMPreTrainedModel):
         )
         backwards = steps.reversed() if self.config.bidirectional else None
         all_hidden_states = ()
-        for index in range(self.config.num_hidden_layers):
+        for index, block in enumerate(self.blocks()):
             if output_hidden_states:
                 # What is returned is what the layer reads, so that a gradient can be asked of it.
                 all_hidden_states += (steps.unpack(hidden_states),)
                 hidden_states = steps.pack(all_hidden_states[-1])
-            layer = self.block(index)
             if backwards is not None and index % 2:
-                hidden_states = steps.reverse(layer(steps.reverse(hidden_states), backwards)[0])
+                hidden_states = steps.reverse(block(steps.reverse(hidden_states), backwards)[0])
                 continue
             state = (None, None) if cache is None else read_state(cache, index)
-            hidden_states, *state = layer(hidden_states, steps, *state)
+            hidden_states, *state = block(hidden_states, steps, *state)
             if cache is not None:
                 write_state(cache, index, *state)
         hidden_states = steps.unpack(self.norm(hidden_states))

@@ -97,7 +97,7 @@ _STEP = """
 def step(inputs, gates, initial, weights, outputs, states, size, blocks, width, start, stop):
     $unpack_inputs
     g, g_b, _ = gates
-    s = np.zeros($rows * _WIDTH, np.float32)
+    s = np.empty($rows * _WIDTH, np.float32)
     for item in range(start, stop):
         b, first, count, padded = _block(item, blocks, width, size)
         for k in range($weights):
@@ -353,9 +353,8 @@ def _linear_scan() -> Callable:
 def gated_step_cpu(program: Program, inputs, parameters, state, gate) -> tuple[Tensor, Tensor]:
     """The output and the next state; arguments as in `mixing.gated_step_definition`."""
     batch, _, size = gate.shape
-    dtype = torch.float32 if any(x.dtype != gate.dtype for x in inputs) else gate.dtype
-    inputs, rows = [with_rows(x.to(dtype)) for x in inputs], with_rows(gate.to(dtype))
-    parameters = [parameter.float().contiguous() for parameter in parameters]
+    inputs, rows = [with_rows(x if x.dtype is gate.dtype else x.to(gate.dtype)) for x in inputs], with_rows(gate)
+    parameters = [p if p.dtype is torch.float32 and p.is_contiguous() else p.float().contiguous() for p in parameters]
     state = state.contiguous()
     outputs, states = torch.empty_like(rows, memory_format=torch.contiguous_format), torch.empty_like(state)
     arguments = (
@@ -367,8 +366,8 @@ def gated_step_cpu(program: Program, inputs, parameters, state, gate) -> tuple[T
         states.data_ptr(),
         size,
     )
-    run(_step_kernel(program.key, ARRAYS[dtype]), arguments, batch, 1, size, *partition(batch, size))
-    return outputs.to(gate.dtype), states
+    run(_step_kernel(program.key, ARRAYS[gate.dtype]), arguments, batch, 1, size, *partition(batch, size))
+    return outputs, states
 
 
 def _pairs(tensor: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ def _find_problem(cache: Cache, config: LrcSSMConfig, rows: int | None) -> str |
         return f"an object of type {type(cache).__name__}"
     if len(layers) != config.num_hidden_layers:
         return f"one of {len(layers)} layers"
+    wanted = None if rows is None else state_shapes(config, rows)
     for index, layer in enumerate(layers):
         if not isinstance(layer, LinearAttentionCacheLayerMixin):
             return f"one whose layer {index} is of the type {type(layer).__name__}"
@@ -57,8 +58,8 @@ def _find_problem(cache: Cache, config: LrcSSMConfig, rows: int | None) -> str |
             return f"one whose layer {index} has read other steps than the first"
         if layer.has_previous_state[0]:
             shapes = tuple(layer.conv_states[0].shape), tuple(layer.recurrent_states[0].shape)
-            rows = shapes[1][0] if rows is None else rows  # of all layers, those of the first
-            if shapes != state_shapes(config, rows):
+            wanted = state_shapes(config, shapes[1][0]) if wanted is None else wanted  # the first layer's rows
+            if shapes != wanted:
                 return f"the shapes {shapes[0]} and {shapes[1]} in layer {index}"
     return None
 

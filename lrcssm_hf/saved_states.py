@@ -77,7 +77,7 @@ class SavedStatesMixin:
             if not tensor.isfinite().all():
                 raise ValueError(f"{str(path)!r}: {name} holds NaN or infinite values.")
         for index in range(self.config.num_hidden_layers):
-            device = next(self.base_model.block(index).parameters()).device
+            device = next(self.base_model.blocks()[index].parameters()).device
             state = (tensors[f"layers.{index}.{part}"].to(device) for part in ("conv_state", "recurrent_state"))
             write_state(cache, index, *state)
         require_cache(cache, self.config)

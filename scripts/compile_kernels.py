@@ -28,7 +28,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from lrcssm_hf import cells, recurrence_triton
+from lrcssm_hf import cells, mixing_triton, recurrence_triton
 from lrcssm_hf.cell_compiler import PROGRAMS
 
 
@@ -71,6 +71,23 @@ def call_operators(
     if cell is cells.LRC or cell is cells.LRC_SYMMETRIC:
         for reverse in (False, True):
             recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)
+    call_mixing(inputs, reset, states[:, :, -1])
+    step, (gate, *_) = PROGRAMS[cell.key(names, False)], (first := [x[:, :1] for x in inputs])
+    recurrence_triton.gated_step_triton(step, first, weights.unbind(), initial, gate)
+
+
+def call_mixing(inputs: list[torch.Tensor], reset: torch.Tensor | None, states: torch.Tensor) -> None:
+    """What the gated block does beside the recurrence; everything optional where there is a `reset`."""
+    x, (batch, _, size), taps = inputs[0], inputs[0].shape, 4
+    past = lengths = None
+    if reset is not None:
+        past, lengths = torch.empty(batch, size, taps - 1, dtype=x.dtype), torch.ones(batch, dtype=torch.long)
+    operands = x, torch.empty(size, taps, dtype=states.dtype), torch.empty(size, dtype=states.dtype)
+    operands = (*operands, past, reset, lengths, True)
+    mixing_triton.convolution_triton(*operands)
+    mixing_triton.convolution_backward_triton(x, past, *operands)
+    mixing_triton.silu_gate_triton(x, states)
+    mixing_triton.silu_gate_backward_triton(x, x, states)
 
 
 class Compiled(NamedTuple):
