@@ -1,6 +1,8 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """The block's fused operators, by every backend, against loops over time in float64, gradients included."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,3 +228,15 @@ def test_transforms_and_second_derivatives_see_the_definition(backend):
     torch.testing.assert_close(torch.func.hessian(loss)(arguments[0], fused), wanted)
     twice = torch.autograd.functional.hessian(lambda inputs: loss(inputs, fused), arguments[0])
     torch.testing.assert_close(twice, wanted)
+
+
+def test_the_block_moves_little_beside_its_matrix_products(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import count_traffic
+
+    monkeypatch.setattr(count_traffic, "SHAPE", (2, 512))
+    for name, forward, backward in count_traffic.measure():
+        if name.startswith("mixer"):
+            casts = forward.pop("_to_copy")  # of weights, which in a batch this small count
+            assert casts < 10
+            assert 20 < sum(forward.values()) < 24 and sum(backward.values()) < 100
