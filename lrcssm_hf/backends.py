@@ -37,7 +37,14 @@ def kernels_of(backend: str) -> Kernels | str:
 
 
 def _cpu_kernels() -> Kernels:
-    from .mixing_cpu import convolution_backward_cpu, convolution_cpu, silu_gate_backward_cpu, silu_gate_cpu
+    from .mixing_cpu import (
+        convolution_backward_cpu,
+        convolution_cpu,
+        rms_norm_backward_cpu,
+        rms_norm_cpu,
+        silu_gate_backward_cpu,
+        silu_gate_cpu,
+    )
     from .recurrence_cpu import cell_scan_backward_cpu, cell_scan_cpu, gated_step_cpu, prefix_scan_cpu, serves_cpu
 
     return Kernels(
@@ -50,6 +57,8 @@ def _cpu_kernels() -> Kernels:
         silu_gate_cpu,
         silu_gate_backward_cpu,
         serves_cpu,
+        rms_norm_cpu,
+        rms_norm_backward_cpu,
     )
 
 

@@ -19,7 +19,7 @@ from .cells import LRC, LRC_SYMMETRIC, REGISTERED
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import steps_before
 from .initialization import init_cell_neurons, init_lrc_neurons
-from .mixing import convolution, decodes_by_kernels, gated_step, last_steps, silu_gate
+from .mixing import convolution, decodes_by_kernels, gated_step, last_steps, rms_norm, silu_gate
 from .recurrence import LrcParameters, cell_scan, lrc_scan, prefix_scan
 from .stability import confine
 from .steps import ALL_ALIKE, LrcSSMSteps
@@ -66,7 +66,8 @@ class LrcSSMNeurons(DrivenNeurons):
         inputs = LRC.inputs if config.elastance_input else LRC.inputs[:2]
         super().__init__(config, input_size, inputs, names, bias=False)
         self.gated = config.block_type == "gated"
-        self.cell = LRC_SYMMETRIC if config.elastance == "symmetric" else LRC
+        self.symmetric = config.elastance == "symmetric"
+        self.cell = LRC_SYMMETRIC if self.symmetric else LRC
         self.bound = config.jacobian_bound
         # Whether `gated_step` is for it: it is no linear recurrence.
         self.decodes = config.state_dependence == "full"
@@ -78,7 +79,7 @@ class LrcSSMNeurons(DrivenNeurons):
     def lrc_parameters(self) -> LrcParameters:
         """As `lrc_scan` takes them: 0 for a weight that the configuration leaves out, and with `jacobian_bound` no
         larger than that allows."""
-        shift = getattr(self, "elastance_shift", None)
+        shift = self.elastance_shift if self.symmetric else None
         if shift is not None and self.gated:
             # A negative shift makes the elastance negative and the state grow; the paper's block loads it as it is.
             shift = F.softplus(shift)
@@ -181,6 +182,13 @@ def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSS
     return (LrcSSMNeurons if config.cell == "lrc" else LrcSSMCellNeurons)(config, input_size)
 
 
+class LrcSSMRMSNorm(nn.RMSNorm):
+    """As it is in torch, in one pass on CPUs too: (..., H) -> (..., H)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
 def other_than_silu(config: LrcSSMConfig) -> nn.Module | None:
     """The activation, where it is not the one that `mixing.py` fuses."""
     return None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
@@ -207,7 +215,8 @@ class LrcSSMConvolution(nn.Module):
 
     def forward(self, inputs: Tensor, past: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
         """`past` holds the K - 1 inputs before the first, (B, D, K - 1); returns the outputs and the new `past`."""
-        before = self.weight.shape[1] - 1
+        weight = self.weight
+        before = weight.shape[1] - 1
         if steps.group is not None and before > 0:
             last = last_steps(inputs, past, steps.reset, steps.lengths, before).mT
             count = steps.lengths
@@ -216,9 +225,7 @@ class LrcSSMConvolution(nn.Module):
             if steps.reset is not None:
                 count = torch.where(steps.reset.any(1), before, count)
             past = steps_before(last, count, steps.group).mT
-        outputs, past = convolution(
-            inputs, self.weight, self.bias, past, steps.reset, steps.lengths, silu=self.act is None
-        )
+        outputs, past = convolution(inputs, weight, self.bias, past, steps.reset, steps.lengths, silu=self.act is None)
         return outputs if self.act is None else self.act(outputs), past
 
 
@@ -280,9 +287,9 @@ class LrcSSMGatedBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LrcSSMConfig):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = LrcSSMRMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = LrcSSMMixer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = LrcSSMRMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = LrcSSMMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 

@@ -343,6 +343,14 @@ def _sum(values):
     return total
 
 
+@njit(fastmath=True, nogil=True)
+def _sum_of_products(a, b):
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += _widen(a[i]) * _widen(b[i])
+    return total
+
+
 @_inline()
 def _block(item, blocks, width, size):
     """Batch row, first channel and number of channels of a work item, and that number in whole vectors."""

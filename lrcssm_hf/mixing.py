@@ -1,6 +1,6 @@
 # Copyright 2026 The LrcSSM-HF authors. Licensed under the Apache License, Version 2.0.
 """What the gated block does between its matrix products, each in one pass over memory: `convolution` with its bias and
-SiLU, `silu_gate`, and for decoding `gated_step`, a step of the neurons and the gate at once.
+SiLU, `silu_gate`, `rms_norm`, and for decoding `gated_step`, a step of the neurons and the gate at once.
 
 The functions whose names end in `_definition` say in PyTorch what is computed, in float32 at least; so do compilers,
 which fuse it themselves, and transforms. Kernels of `mixing_cpu.py` and `mixing_triton.py` do the same in eager mode.
@@ -181,6 +181,19 @@ def silu_gate_definition(gate: Tensor, values: Tensor) -> Tensor:
     if gate.dtype is dtype is values.dtype:
         return values * F.silu(gate)
     return (values.to(dtype) * F.silu(gate.to(dtype))).to(gate.dtype)
+
+
+# --- The norm -------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """inputs / sqrt(mean(inputs ** 2) + eps) * weight, the mean over the last dimension, in the dtype of the inputs."""
+    return _fused("rms_norm", rms_norm_definition, inputs, weight, eps)
+
+
+def rms_norm_definition(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See [`rms_norm`]."""
+    return F.rms_norm(inputs, weight.shape, weight, eps)
 
 
 # --- Decoding -------------------------------------------------------------------------------------------------------

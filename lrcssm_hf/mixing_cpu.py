@@ -18,6 +18,8 @@ from .cell_compiler import fill
 from .cpu_kernels import ARRAYS, define, empty, partition, place, run, with_rows
 
 
+# Rows of the norm that are one piece of work.
+_ROWS = 64
 # Numbers of a result from which on it is worth to ask for huge pages.
 _SMALL = 1 << 14
 
@@ -157,6 +159,38 @@ def silu_gate_backward(grads, gates, values, grad_gates, grad_values, steps, siz
 """
 
 
+# An item is a number of rows; their scratch is what the hardware caches of them.
+_RMS_NORM = """
+def rms_norm(inputs, weight, outputs, eps, rows, size, blocks, width, start, stop):
+    x, w, y = $array(inputs), _floats(weight)[:size], $array(outputs)
+    for row in range(start * $rows, min(stop * $rows, rows)):
+        source, target = x[row * size : (row + 1) * size], y[row * size : (row + 1) * size]
+        scale = _ONE / np.sqrt(_sum_of_products(source, source) / np.float32(size) + np.float32(eps))
+        for j in range(size):
+            target[j] = _narrow(_widen(source[j]) * scale * w[j], y)
+"""
+
+_RMS_NORM_BACKWARD = """
+def rms_norm_backward(grads, inputs, weight, grad_inputs, grad_weight, eps, rows, size, blocks, width, start, stop):
+    g, x, w, by_input = $array(grads), $array(inputs), _floats(weight)[:size], $array(grad_inputs)
+    for item in range(start, stop):
+        sums = _floats(grad_weight)[item * size : (item + 1) * size]
+        sums[:] = 0
+        weighted = np.empty(size, np.float32)
+        for row in range(item * $rows, min((item + 1) * $rows, rows)):
+            grad, source = g[row * size : (row + 1) * size], x[row * size : (row + 1) * size]
+            target = by_input[row * size : (row + 1) * size]
+            scale = _ONE / np.sqrt(_sum_of_products(source, source) / np.float32(size) + np.float32(eps))
+            for j in range(size):
+                weighted[j] = _widen(grad[j]) * w[j]
+            along = _sum_of_products(weighted, source) / np.float32(size) * scale * scale
+            for j in range(size):
+                target[j] = _narrow((weighted[j] - _widen(source[j]) * along) * scale, by_input)
+            for j in range(size):
+                sums[j] += _widen(grad[j]) * _widen(source[j]) * scale
+"""
+
+
 def _row(number: int) -> str:
     return f"s[{number} * _WIDTH + j]"
 
@@ -214,6 +248,12 @@ def _sum_of(taps: int) -> dict[str, str | list[str]]:
 def _gate_kernel(name: str, array: str, value_array: str) -> Callable:
     text = {"silu_gate": _SILU_GATE, "silu_gate_backward": _SILU_GATE_BACKWARD}[name]
     return define(name, f"{array}{value_array}", fill(text, array=array, value_array=value_array))
+
+
+@functools.cache
+def _norm_kernel(name: str, array: str) -> Callable:
+    text = {"rms_norm": _RMS_NORM, "rms_norm_backward": _RMS_NORM_BACKWARD}[name]
+    return define(name, array, fill(text, array=array, rows=str(_ROWS)))
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -298,3 +338,24 @@ def silu_gate_backward_cpu(grad_outputs, gate, values) -> tuple[Tensor, Tensor]:
     kernel = _gate_kernel("silu_gate_backward", ARRAYS[gate.dtype], ARRAYS[values.dtype])
     run(kernel, arguments, batch, steps, size, *partition(batch, size))
     return grad_gate, grad_values
+
+
+def rms_norm_cpu(inputs, weight, eps: float) -> Tensor:
+    """Arguments and result as in `mixing.rms_norm_definition`."""
+    inputs, weight, size = inputs.contiguous(), weight.float().contiguous(), inputs.shape[-1]
+    outputs, rows = _like(inputs), inputs.numel() // size
+    arguments = inputs.data_ptr(), weight.data_ptr(), outputs.data_ptr(), eps, rows, size
+    run(_norm_kernel("rms_norm", ARRAYS[inputs.dtype]), arguments, -(-rows // _ROWS), _ROWS, size, 1, size)
+    return outputs
+
+
+def rms_norm_backward_cpu(grad_outputs, inputs, weight, eps: float) -> tuple[Tensor, Tensor, None]:
+    """The gradients of the arguments of `rms_norm_cpu`."""
+    grads, inputs, size = grad_outputs.to(inputs.dtype).contiguous(), inputs.contiguous(), inputs.shape[-1]
+    w, grad_inputs, rows = weight.float().contiguous(), _like(inputs), inputs.numel() // size
+    items = -(-rows // _ROWS)
+    grad_weight = torch.empty(items, size)
+    tensors = grads, inputs, w, grad_inputs, grad_weight
+    arguments = *(tensor.data_ptr() for tensor in tensors), eps, rows, size
+    run(_norm_kernel("rms_norm_backward", ARRAYS[inputs.dtype]), arguments, items, _ROWS, size, 1, size)
+    return grad_inputs, grad_weight.sum(0).to(weight.dtype), None

@@ -20,7 +20,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .backends import load_cpu_kernels
-from .blocks import BLOCKS, LrcSSMCellNeurons, LrcSSMConvolution, LrcSSMNeurons, LrcSSMPaperLinear, LrcSSMPaperMLP
+from .blocks import (
+    BLOCKS,
+    LrcSSMCellNeurons,
+    LrcSSMConvolution,
+    LrcSSMNeurons,
+    LrcSSMPaperLinear,
+    LrcSSMPaperMLP,
+    LrcSSMRMSNorm,
+)
 from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import spread_labels
 from .forecasting import ForecastingMixin
@@ -98,7 +106,7 @@ class LrcSSMModel(InputsMixin, LrcSSMPreTrainedModel):
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_groups or config.num_hidden_layers))
         # The paper's block ends in the residual stream that its classifier reads.
         gated = config.block_type == "gated"
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
+        self.norm = LrcSSMRMSNorm(config.hidden_size, eps=config.norm_eps) if gated else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 

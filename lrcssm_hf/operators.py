@@ -18,7 +18,10 @@ BACKENDS = ("auto", "torch", "cpu", "triton")
 
 
 class Kernels(NamedTuple):
-    """A backend's implementation of the operators of `recurrence.py` and `mixing.py`, for the tensors it serves."""
+    """A backend's implementation of the operators of `recurrence.py` and `mixing.py`, for the tensors it serves.
+
+    On GPUs, torch has a kernel for the norm.
+    """
 
     cell_scan: Callable
     cell_scan_backward: Callable
@@ -29,6 +32,8 @@ class Kernels(NamedTuple):
     silu_gate: Callable
     silu_gate_backward: Callable
     serves: Callable[[str, Tensor], bool]
+    rms_norm: Callable | None = None
+    rms_norm_backward: Callable | None = None
 
 
 def require_tensor(name: str, tensor: Tensor, like: Tensor | None = None, shape: tuple[int, ...] | None = None):

@@ -854,6 +854,8 @@ def _walk(tensor: Tensor, size: int, block: int, states: int = 1) -> dict:
 
 def serves_triton(operator: str, tensor: Tensor) -> bool:
     on_gpu = tensor.device.type in ("cuda", "xpu") or triton.knobs.runtime.interpret
+    if operator == "rms_norm":
+        return False
     is_scan = operator in ("cell_scan", "cell_scan_backward", "prefix_scan")
     return on_gpu and (tensor.dtype in (torch.float32, torch.float64) if is_scan else tensor.is_floating_point())
 

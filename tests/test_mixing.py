@@ -141,6 +141,20 @@ def test_the_gate(backend, dtypes, monkeypatch):
     assert_equal((got, *got_gradients), (*wanted, *wanted_gradients), tolerance)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 70, 1100)])
+def test_the_norm(backend, shape, dtype):
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(*shape[:2], 2 * shape[2])[..., shape[2] :], torch.randn(shape[2])
+    inputs[0, 0] = 0
+
+    def definition(inputs, weight):
+        return inputs * (inputs.square().mean(-1, keepdim=True) + 1e-3) ** -0.5 * weight
+
+    function = lambda inputs, weight: mixing.rms_norm(inputs, weight, 1e-3)  # noqa: E731
+    check(function, definition, [inputs, weight], [torch.randn(shape)], dtype, TOLERANCES[dtype])
+
+
 def test_not_a_number_is_seen(backend, monkeypatch):
     monkeypatch.setattr(mixing, "_FEW", 0)
     x = torch.zeros(1, 4, 17, dtype=torch.bfloat16, device=DEVICE)
