@@ -45,12 +45,20 @@ def _cpu_kernels() -> Kernels:
         silu_gate_backward_cpu,
         silu_gate_cpu,
     )
-    from .recurrence_cpu import cell_scan_backward_cpu, cell_scan_cpu, gated_step_cpu, prefix_scan_cpu, serves_cpu
+    from .recurrence_cpu import (
+        cell_scan_backward_cpu,
+        cell_scan_cpu,
+        gated_step_cpu,
+        prefix_scan_backward_cpu,
+        prefix_scan_cpu,
+        serves_cpu,
+    )
 
     return Kernels(
         cell_scan_cpu,
         cell_scan_backward_cpu,
         prefix_scan_cpu,
+        prefix_scan_backward_cpu,
         gated_step_cpu,
         convolution_cpu,
         convolution_backward_cpu,
@@ -73,6 +81,7 @@ def _triton_kernels() -> Kernels:
         cell_scan_backward_triton,
         cell_scan_triton,
         gated_step_triton,
+        prefix_scan_backward_triton,
         prefix_scan_triton,
         serves_triton,
     )
@@ -81,6 +90,7 @@ def _triton_kernels() -> Kernels:
         cell_scan_triton,
         cell_scan_backward_triton,
         prefix_scan_triton,
+        prefix_scan_backward_triton,
         gated_step_triton,
         convolution_triton,
         convolution_backward_triton,

@@ -26,6 +26,7 @@ class Kernels(NamedTuple):
     cell_scan: Callable
     cell_scan_backward: Callable
     prefix_scan: Callable
+    prefix_scan_backward: Callable
     gated_step: Callable
     convolution: Callable
     convolution_backward: Callable

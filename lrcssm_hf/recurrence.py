@@ -83,26 +83,49 @@ def _prefix_scan_setup(ctx, inputs, output):
     ctx.dtypes = decay.dtype, addends.dtype
 
 
-def _prefix_scan_backward(ctx, grad_states):
-    """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1}."""
-    decay, initial_state, states = ctx.saved_tensors
+@torch.library.custom_op(f"{_NAMESPACE}::prefix_scan_backward", mutates_args=())
+def _prefix_scan_backward_op(
+    grad_states: Tensor, decay: Tensor, states: Tensor, initial_state: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of decay, inputs and initial state, in the dtype of the states."""
+    arguments = grad_states, decay, states, initial_state, reverse
+    gradients = by_kernels("prefix_scan_backward", "auto", states, *arguments)
+    return _adjoint_of_prefix_scan(*arguments) if gradients is None else gradients
+
+
+@_prefix_scan_backward_op.register_fake
+def _(grad_states, decay, states, initial_state, reverse):
+    return states.new_empty(states.shape), states.new_empty(states.shape), states.new_empty(initial_state.shape)
+
+
+def _adjoint_of_prefix_scan(
+    grad_states: Tensor, decay: Tensor, states: Tensor, initial_state: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of a scan is the scan the other way: lam_t = g_t + conj(decay_{t+1}) lam_{t+1}. Differentiable."""
     decay = _conjugate(decay.to(states.dtype))
     zeros = torch.zeros_like(initial_state)
-    if ctx.reverse:
+    if reverse:
         previous, last = torch.cat([states[:, 1:], initial_state.unsqueeze(1)], dim=1), -1
     else:
         previous, last = linear_scan.shift(states, initial_state), 0
     if decay.stride(1) == 0:
         # One decay for all steps stays one: the step that has none after it multiplies a zero adjoint.
         following = decay
-    elif ctx.reverse:
+    elif reverse:
         following = torch.cat([zeros.unsqueeze(1), decay[:, :-1]], dim=1)
     else:
         following = torch.cat([decay[:, 1:], zeros.unsqueeze(1)], dim=1)
-    adjoint = _prefix_scan(following, grad_states.contiguous(), zeros, not ctx.reverse)
+    adjoint = _prefix_scan(following, grad_states.contiguous(), zeros, not reverse)
+    return adjoint * _conjugate(previous), adjoint, decay[:, last] * adjoint[:, last]
+
+
+def _prefix_scan_backward(ctx, grad_states):
+    decay, initial_state, states = ctx.saved_tensors
+    # With `create_graph`, what is computed has to be differentiable itself.
+    adjoint = _adjoint_of_prefix_scan if torch.is_grad_enabled() else _prefix_scan_backward_op
+    by_decay, by_inputs, by_initial_state = adjoint(grad_states, decay, states, initial_state, ctx.reverse)
     decay_dtype, inputs_dtype = ctx.dtypes
-    grad_decay = (adjoint * _conjugate(previous)).to(decay_dtype)
-    return grad_decay, adjoint.to(inputs_dtype), decay[:, last] * adjoint[:, last], None
+    return by_decay.to(decay_dtype), by_inputs.to(inputs_dtype), by_initial_state, None
 
 
 def _conjugate(tensor: Tensor) -> Tensor:

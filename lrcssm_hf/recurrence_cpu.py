@@ -52,6 +52,46 @@ def linear_scan(decay, inputs, initial, states, pairs, reverse, blocks, width, s
                     row[2 * j + 1] = s[_WIDTH + j]
 '''
 
+_LINEAR_SCAN_BACKWARD = '''
+def linear_scan_backward(
+    grads, decay, states, initial, grad_decay, grad_inputs, grad_initial, pairs, reverse, blocks, width, start, stop
+):
+    """lam_t = grad_t + conj(decay_{t+1}) * lam_{t+1}, and lam_t * conj(h_{t-1}); as above. What is carried from step to
+    step is conj(decay_t) * lam_t, so that every step reads its own decay."""
+    (g, g_b, g_t), (a, a_b, a_t) = grads, decay
+    parts = 1 if pairs is None else 2
+    steps, size = states.shape[1], states.shape[2] // parts
+    s = np.empty(parts * _WIDTH, np.float32)
+    for item in range(start, stop):
+        b, first, count, _ = _block(item, blocks, width, size)
+        first, floats = parts * first, parts * count
+        s[:] = 0
+        for k in range(steps - 1, -1, -1):
+            t, before = (steps - 1 - k, steps - k) if reverse else (k, k - 1)
+            g_row = g[b * g_b + t * g_t + first :][:floats]
+            a_row = a[b * a_b + t * a_t + first :][:floats]
+            h_row = initial[b, first : first + floats] if k == 0 else states[b, before, first : first + floats]
+            by_decay, by_input = grad_decay[b, t, first : first + floats], grad_inputs[b, t, first : first + floats]
+            if pairs is None:
+                for j in range(count):
+                    adjoint = s[j] + _widen(g_row[j])
+                    by_input[j] = adjoint
+                    by_decay[j] = adjoint * h_row[j]
+                    s[j] = _widen(a_row[j]) * adjoint
+            else:
+                for j in range(count):
+                    a_re, a_im, h_re, h_im = a_row[2 * j], a_row[2 * j + 1], h_row[2 * j], h_row[2 * j + 1]
+                    re, im = s[j] + g_row[2 * j], s[_WIDTH + j] + g_row[2 * j + 1]
+                    by_input[2 * j] = re
+                    by_input[2 * j + 1] = im
+                    by_decay[2 * j] = re * h_re + im * h_im
+                    by_decay[2 * j + 1] = im * h_re - re * h_im
+                    s[j] = a_re * re + a_im * im
+                    s[_WIDTH + j] = a_re * im - a_im * re
+        for j in range(floats):
+            grad_initial[b, first + j] = s[j % parts * _WIDTH + j // parts]
+'''
+
 
 # --- A cell's kernels -----------------------------------------------------------------------------------------------
 # In the templates an operand of the program has its row of the scratch buffer: first the weights, then the states, then
@@ -299,7 +339,7 @@ def _operands(inputs, time_step, reset, initial_state, weights) -> tuple:
 
 
 def serves_cpu(operator: str, tensor: Tensor) -> bool:
-    if operator == "prefix_scan":
+    if operator.startswith("prefix_scan"):
         dtypes = torch.float32, torch.complex64
     elif operator in ("cell_scan", "cell_scan_backward"):
         dtypes = (torch.float32,)
@@ -346,8 +386,8 @@ def cell_scan_backward_cpu(
 
 
 @functools.cache
-def _linear_scan() -> Callable:
-    return define("linear_scan", "", _LINEAR_SCAN)
+def _linear_kernel(name: str) -> Callable:
+    return define(name, "", {"linear_scan": _LINEAR_SCAN, "linear_scan_backward": _LINEAR_SCAN_BACKWARD}[name])
 
 
 def gated_step_cpu(program: Program, inputs, parameters, state, gate) -> tuple[Tensor, Tensor]:
@@ -385,5 +425,27 @@ def prefix_scan_cpu(decay: Tensor, inputs: Tensor, initial_state: Tensor, revers
     blocks, width = partition(batch, size)
     initial = initial_state.detach().contiguous().numpy()
     arguments = (rows_of(decay), rows_of(inputs), initial, states.numpy(), pairs, reverse)
-    run(_linear_scan(), arguments, batch, steps, size, blocks, width)
+    run(_linear_kernel("linear_scan"), arguments, batch, steps, size, blocks, width)
     return torch.view_as_complex(states.unflatten(2, (size, 2))) if pairs else states
+
+
+def prefix_scan_backward_cpu(
+    grad_states: Tensor, decay: Tensor, states: Tensor, initial_state: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of decay, inputs and initial state; arguments as in `recurrence._prefix_scan_backward_op`."""
+    batch, steps, size = states.shape
+    pairs = True if states.is_complex() else None
+    if pairs:
+        grad_states, decay, states, initial_state = map(_pairs, (grad_states, decay, states, initial_state))
+    gradients = empty(*states.shape), empty(*states.shape), torch.empty(initial_state.shape)
+    arguments = (
+        rows_of(grad_states),
+        rows_of(decay),
+        states.numpy(),
+        initial_state.detach().contiguous().numpy(),
+        *(gradient.numpy() for gradient in gradients),
+        pairs,
+        reverse,
+    )
+    run(_linear_kernel("linear_scan_backward"), arguments, batch, steps, size, *partition(batch, size))
+    return tuple(torch.view_as_complex(x.unflatten(-1, (size, 2))) if pairs else x for x in gradients)

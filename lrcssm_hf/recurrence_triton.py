@@ -53,7 +53,7 @@ _BLOCK = 128
 _ROWS = 4
 _STAGES = tl.constexpr(3)
 # Steps, or chunks, that a program scans at a time; fewer where more is computed for each of them.
-_CHUNKS_TILE, _NEWTON_TILE = 32, 16
+_CHUNKS_TILE, _NEWTON_TILE = 32, 8
 # Threads that fill a processor of the GPU.
 _LANES = 1024
 # Chunks are not cut shorter than this: their boundaries have to be worth less than their steps.
@@ -167,7 +167,7 @@ def _hold_kernel(
 
 @triton.jit
 def _linear_kernel(
-    decay, inputs, starts, states, products, ends, unsolved,
+    decay, inputs, starts, states, products, ends, unsolved, trajectory, initial, grad_decay, grad_initial,
     a_b, a_t, u_b, u_t, steps, size, chunk, chunks, blocks,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -175,6 +175,9 @@ def _linear_kernel(
 
     With `products`, from zero, leaving each chunk's product and end; otherwise from `starts`, writing the states. With
     `unsolved`, only the blocks for which it is set.
+
+    With a `trajectory`, of a scan the other way from `initial`, its adjoint: the inputs are gradients of its states,
+    h_t = decay_t (h_{t-1} + inputs_t) is carried, and what is in the brackets is written as `states`.
     """
     b, index, block, channel = program_of(chunks, blocks, BLOCK)
     inside = (channel < size) | EVEN
@@ -183,9 +186,10 @@ def _linear_kernel(
     last = tl.minimum(first + chunk, steps)
     if unsolved is not None:
         last = tl.where(tl.load(unsolved + b * blocks + block) != 0, last, first)
+    is_end = last == steps
     state = tl.zeros([BLOCK], DTYPE)
     product = tl.full([BLOCK], 1.0, DTYPE)
-    if products is None:
+    if products is None and starts is not None:
         state = tl.load(starts + entry, mask=inside, other=0.0)
     # Groups of rows, and then what is left one by one.
     for rows in tl.static_range(ROWS, 0, 1 - ROWS if ROWS > 1 else -1):
@@ -195,15 +199,30 @@ def _linear_kernel(
                 t = steps - 1 - group - k if REVERSE else group + k
                 a = tl.load(decay + b * a_b + t * a_t + channel, mask=inside, other=1.0).to(DTYPE)
                 u = tl.load(inputs + b * u_b + t * u_t + channel, mask=inside, other=0.0).to(DTYPE)
-                state = a * state + u
                 if products is not None:
                     product *= a
+                row = (b * steps + t) * size + channel
+                if trajectory is None:
+                    state = a * state + u
+                    if products is None:
+                        tl.store(states + row, state, mask=inside)
                 else:
-                    tl.store(states + (b * steps + t) * size + channel, state, mask=inside)
+                    adjoint = state + u
+                    state = a * adjoint
+                    if products is None:
+                        # The state before the step, which is the first of the other scan in the last step of this.
+                        is_first = group + k == steps - 1
+                        at = row - size if REVERSE else row + size
+                        before = tl.load(trajectory + at, mask=inside & (not is_first), other=0.0)
+                        before += tl.load(initial + b * size + channel, mask=inside & is_first, other=0.0)
+                        tl.store(states + row, adjoint, mask=inside)
+                        tl.store(grad_decay + row, adjoint * before, mask=inside)
         first = whole
     if products is not None:
         tl.store(products + entry, product, mask=inside)
         tl.store(ends + entry, state, mask=inside)
+    elif trajectory is not None:
+        tl.store(grad_initial + b * size + channel, state, mask=inside & is_end)
 
 
 # --- A cell's kernels -----------------------------------------------------------------------------------------------
@@ -846,10 +865,13 @@ def options_for(tensor: Tensor, size: int, **options) -> dict:
     return {"BLOCK": block, "DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True, **options}
 
 
-def _walk(tensor: Tensor, size: int, block: int, states: int = 1) -> dict:
-    """What the kernels that walk through time want to know beside their options."""
-    rows = 1 if tensor.dtype == torch.float64 else max(1, _ROWS // states)
-    return {"EVEN": size % block == 0, "ROWS": rows}
+def _walk(tensor: Tensor, size: int, block: int, program: Program | None = None) -> dict:
+    """What the kernels that walk through time want to know beside their options; fewer rows at once where each takes
+    more registers."""
+    rows = 1 if tensor.dtype == torch.float64 else _ROWS
+    if program is not None:
+        rows //= program.states * (2 if program.has_time_step else 1)
+    return {"EVEN": size % block == 0, "ROWS": max(1, rows)}
 
 
 def serves_triton(operator: str, tensor: Tensor) -> bool:
@@ -895,7 +917,7 @@ def cell_scan_triton(
         chunks = triton.cdiv(steps, chunk)
         kernels.sweep[(batch * chunks * blocks,)](
             *pointers, starts, states, products, amplitudes, log, *strides, steps, size, chunk, chunks, blocks, batch,
-            **options, **_walk(weights, size, options["BLOCK"], program.states), num_warps=1,
+            **options, **_walk(weights, size, options["BLOCK"], program), num_warps=1,
         )  # fmt: skip
 
     with on_device(weights.device):
@@ -944,7 +966,7 @@ def cell_scan_backward_triton(
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
     initial = initial_state.contiguous()
     options = options_for(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
-    options |= _walk(weights, size, options["BLOCK"], program.states)
+    options |= _walk(weights, size, options["BLOCK"], program)
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(max(1, batch), steps, max(1, size), weights.device, fewest=2)
     chunks = triton.cdiv(steps, chunk)
@@ -995,7 +1017,7 @@ def gated_step_triton(program: Program, inputs, parameters, state, gate) -> tupl
 
 def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
     batch, chunks, states, size = starts.shape
-    options = options_for(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=4)
+    options = options_for(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=8)
     options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
     find_starts = _scan_kernels(states).find_starts
@@ -1004,12 +1026,31 @@ def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> No
 
 def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     """The states (B, T, D) of the linear recurrence; arguments as in `recurrence._prefix_scan_op`."""
-    batch, steps, size = inputs.shape
-    states = initial_state.new_empty(batch, steps, size)
+    states = initial_state.new_empty(inputs.shape)
+    _linear_scan(decay, inputs, initial_state.contiguous(), states, (None,) * 4, reverse)
+    return states
+
+
+def prefix_scan_backward_triton(
+    grad_states: Tensor, decay: Tensor, states: Tensor, initial_state: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of decay, inputs and initial state; arguments as in `recurrence._prefix_scan_backward_op`."""
+    by_decay, by_inputs = torch.empty_like(states), torch.empty_like(states)
+    by_initial_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    forward = states, initial_state.contiguous(), by_decay, by_initial_state
+    _linear_scan(decay, grad_states, None, by_inputs, forward, not reverse)
+    return by_decay, by_inputs, by_initial_state
+
+
+def _linear_scan(
+    decay: Tensor, inputs: Tensor, initial: Tensor | None, states: Tensor, forward: tuple, reverse: bool
+) -> None:
+    """Fills the states; with `forward` (its states, initial state, and what is to be filled by their gradients), those
+    of the adjoint, which starts from zero."""
     if states.numel() == 0:
-        return states
+        return
+    batch, steps, size = states.shape
     (decay, *a_strides), (inputs, *u_strides) = with_rows(decay), with_rows(inputs)
-    initial = initial_state.contiguous()
     options = options_for(states, size, REVERSE=reverse, num_warps=1)
     options |= _walk(states, size, options["BLOCK"])
     blocks = triton.cdiv(size, options["BLOCK"])
@@ -1018,7 +1059,7 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
     def scan(starts, products, ends, unsolved, chunk):
         chunks = triton.cdiv(steps, chunk)
         _linear_kernel[(batch * chunks * blocks,)](
-            decay, inputs, starts, states, products, ends, unsolved, *a_strides, *u_strides, steps, size,
+            decay, inputs, starts, states, products, ends, unsolved, *forward, *a_strides, *u_strides, steps, size,
             chunk, chunks, blocks, **options,
         )  # fmt: skip
 
@@ -1033,4 +1074,3 @@ def prefix_scan_triton(decay: Tensor, inputs: Tensor, initial_state: Tensor, rev
             _find_starts(products.unsqueeze(3), ends, initial, starts, unsolved, reverse=False)
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)
-    return states

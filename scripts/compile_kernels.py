@@ -71,6 +71,8 @@ def call_operators(
     if cell is cells.LRC or cell is cells.LRC_SYMMETRIC:
         for reverse in (False, True):
             recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)
+            of_scan = inputs[0], states[:, :, 0], initial[:, 0], reverse
+            recurrence_triton.prefix_scan_backward_triton(states[:, :, 0], *of_scan)
     call_mixing(inputs, reset, states[:, :, -1])
     step, (gate, *_) = PROGRAMS[cell.key(names, False)], (first := [x[:, :1] for x in inputs])
     recurrence_triton.gated_step_triton(step, first, weights.unbind(), initial, gate)

@@ -28,7 +28,11 @@ KERNELS = [
     ("adjoint, reducing", "adjoint", lambda arguments: arguments["REDUCE"]),
     ("adjoint, writing", "adjoint", lambda arguments: not arguments["REDUCE"]),
     ("linear scan, reducing", "_linear_kernel", lambda arguments: arguments["products"] is not None),
-    ("linear scan, writing", "_linear_kernel", lambda arguments: arguments["products"] is None),
+    (
+        "linear scan, writing",
+        "_linear_kernel",
+        lambda arguments: arguments["products"] is arguments["trajectory"] is None,
+    ),
 ]
 
 

@@ -515,7 +515,12 @@ def test_prefix_scan_of_one_decay_for_all_steps_never_writes_it_out(reverse, dty
             strides.append(decay.stride())
             return backend.prefix_scan(decay, *arguments)
 
-        monkeypatch.setitem(backends.loaded, "cpu", backend._replace(prefix_scan=scan))
+        def go_back(grad_states, decay, *arguments):
+            strides.append(decay.stride())
+            return backend.prefix_scan_backward(grad_states, decay, *arguments)
+
+        replaced = backend._replace(prefix_scan=scan, prefix_scan_backward=go_back)
+        monkeypatch.setitem(backends.loaded, "cpu", replaced)
     states = prefix_scan(repeated, inputs, reverse=reverse)
     gradients = torch.autograd.grad(states, (decay, inputs), cotangent.to(dtype))
     assert all(stride == (0, 0, 1) for stride in strides)

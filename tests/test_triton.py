@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcssm_hf import LrcParameters, cell_scan, lrc_scan, prefix_scan, recurrence
+from lrcssm_hf import LrcParameters, backends, cell_scan, lrc_scan, prefix_scan, recurrence
 from lrcssm_hf.cells import GRU, LRC, LSTM, OSCILLATING_LRC
 from problems import (
     cast,
@@ -218,7 +218,7 @@ def test_backend_refuses_what_it_does_not_serve():
 
 @pytest.fixture
 def scan_by_triton(monkeypatch):
-    monkeypatch.setitem(recurrence._BACKEND_OF_DEVICE, DEVICE, "triton")
+    monkeypatch.setitem(backends._BACKEND_OF_DEVICE, DEVICE, "triton")
 
 
 def scan_definition(decay, inputs, initial_state, reverse):
