@@ -25,6 +25,16 @@ from .stability import confine
 from .steps import ALL_ALIKE, LrcSSMSteps
 
 
+def other_than_silu(config: LrcSSMConfig) -> nn.Module | None:
+    """The activation, where it is not the one that `mixing.py` fuses."""
+    return None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
+
+
+def gated(values: Tensor, gate: Tensor, act: nn.Module | None) -> Tensor:
+    """values * act(gate), in the dtype of the gate; None is SiLU."""
+    return silu_gate(values, gate) if act is None else values.to(gate.dtype) * act(gate)
+
+
 class DrivenNeurons(nn.Module):
     """What every layer of D neurons has: one projection of its input, of `input_size` channels, into the cell's inputs,
     and a parameter of each neuron by each of the names.
@@ -43,12 +53,27 @@ class DrivenNeurons(nn.Module):
         if self.senses:
             self.sensory_scale = nn.Parameter(torch.empty(input_size))
             self.sensory_shift = nn.Parameter(torch.empty(input_size))
+        self.act = other_than_silu(config)
+        # Whether `gated_step` is for it: the linear recurrence has another solver.
+        is_linear = config.cell == "lrc" and config.state_dependence == "input"
+        self.decodes = self.act is None and not is_linear
 
-    def drive(self, inputs: Tensor) -> dict[str, Tensor]:
-        """(B, T, input_size) -> the cell's inputs (B, T, D), by name."""
+    def forward(
+        self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, input_size), and (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least.
+
+        The outputs are the last states of the neurons; with a `gate` (B, T, D), these times act(gate), in its dtype.
+        """
         if self.senses:
             inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        return dict(zip(self.inputs, self.currents(inputs).chunk(len(self.inputs), dim=-1)))
+        currents = dict(zip(self.inputs, self.currents(inputs).chunk(len(self.inputs), dim=-1)))
+        if gate is None:
+            return self.solve(currents, initial_state, steps)
+        if self.decodes and steps == ALL_ALIKE and self.config.backend == "auto" and decodes_by_kernels(gate):
+            return gated_step(self.cell, currents, self.cell_parameters(), initial_state, gate)
+        outputs, final_state = self.solve(currents, initial_state, steps)
+        return gated(outputs, gate, self.act), final_state
 
 
 class LrcSSMNeurons(DrivenNeurons):
@@ -69,8 +94,6 @@ class LrcSSMNeurons(DrivenNeurons):
         self.symmetric = config.elastance == "symmetric"
         self.cell = LRC_SYMMETRIC if self.symmetric else LRC
         self.bound = config.jacobian_bound
-        # Whether `gated_step` is for it: it is no linear recurrence.
-        self.decodes = config.state_dependence == "full"
 
     def init_weights(self):
         """See `initialization.py`."""
@@ -90,16 +113,15 @@ class LrcSSMNeurons(DrivenNeurons):
         parameters = LrcParameters(*values, shift)
         return parameters if self.bound is None else confine(parameters, self.bound)
 
-    def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, input_size), (B, D), (B, 1, D) -> the state after the step, gated, and as it is; see `mixing.py`."""
-        return gated_step(
-            self.cell, self.drive(inputs), self.lrc_parameters()[: len(self.cell.parameters)], state, gate
-        )
+    def cell_parameters(self) -> Sequence[Tensor]:
+        """(D,) each, in the order of the cell."""
+        return self.lrc_parameters()[: len(self.cell.parameters)]
 
-    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D) -> states (B, T, D) and final state (B, D), float32 at least."""
+    def solve(
+        self, currents: dict[str, Tensor], initial_state: Tensor | None, steps: LrcSSMSteps
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence driven by the currents, (B, T, D) each by name: its states (B, T, D), and the last."""
         config, time_step, reset = self.config, steps.time_step, steps.reset
-        currents = self.drive(inputs)
         forget_input, update_input = currents["forget_input"], currents["update_input"]
         elastance_input = currents.get("elastance_input")
         parameters = self.lrc_parameters()
@@ -140,9 +162,6 @@ class LrcSSMNeurons(DrivenNeurons):
 class LrcSSMCellNeurons(DrivenNeurons):
     """A layer of neurons of the cell `config.cell`, of which the last state is the layer's output."""
 
-    # See `LrcSSMNeurons`.
-    decodes = True
-
     def __init__(self, config: LrcSSMConfig, input_size: int):
         cell = REGISTERED[config.cell]
         super().__init__(config, input_size, cell.inputs, [f"cell_{name}" for name in cell.parameters], bias=True)
@@ -152,26 +171,23 @@ class LrcSSMCellNeurons(DrivenNeurons):
         """See `initialization.py`."""
         init_cell_neurons(self)
 
-    def cell_parameters(self) -> dict[str, Tensor]:
-        """As `cell_scan` takes them, (D,) each."""
-        return {name: getattr(self, f"cell_{name}") for name in self.cell.parameters}
+    def cell_parameters(self) -> Sequence[Tensor]:
+        """(D,) each, in the order of the cell."""
+        return [getattr(self, f"cell_{name}") for name in self.cell.parameters]
 
-    def gated_step(self, inputs: Tensor, state: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, input_size), (B, D) or (B, n, D), (B, 1, D) -> the output after the step, gated, and the state."""
-        return gated_step(self.cell, self.drive(inputs), list(self.cell_parameters().values()), state, gate)
-
-    def forward(self, inputs: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
-        """(B, T, input_size), (B, D) or (B, n, D) -> outputs (B, T, D) and final state, float32 at least."""
-        config = self.config
+    def solve(
+        self, currents: dict[str, Tensor], initial_state: Tensor | None, steps: LrcSSMSteps
+    ) -> tuple[Tensor, Tensor]:
+        """See `LrcSSMNeurons.solve`; the last state may be (B, n, D)."""
         states, final_state = cell_scan(
             self.cell,
-            self.drive(inputs),
-            self.cell_parameters(),
+            currents,
+            dict(zip(self.cell.parameters, self.cell_parameters())),
             initial_state=initial_state,
             time_step=steps.time_step,
             reset=steps.reset,
-            solver=config.solver,
-            backend=config.backend,
+            solver=self.config.solver,
+            backend=self.config.backend,
             group=steps.group,
         )
         return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
@@ -187,11 +203,6 @@ class LrcSSMRMSNorm(nn.RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, self.eps)
-
-
-def other_than_silu(config: LrcSSMConfig) -> nn.Module | None:
-    """The activation, where it is not the one that `mixing.py` fuses."""
-    return None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
 
 
 class LrcSSMConvolution(nn.Module):
@@ -229,11 +240,6 @@ class LrcSSMConvolution(nn.Module):
         return outputs if self.act is None else self.act(outputs), past
 
 
-def gated(values: Tensor, gate: Tensor, act: nn.Module | None) -> Tensor:
-    """values * act(gate), in the dtype of the gate; None is SiLU."""
-    return silu_gate(values, gate) if act is None else values.to(gate.dtype) * act(gate)
-
-
 class LrcSSMMixer(nn.Module):
     """The gated block's sequence mixer: convolution and neurons on one branch, multiplied by the other."""
 
@@ -243,7 +249,6 @@ class LrcSSMMixer(nn.Module):
         self.convolution = LrcSSMConvolution(config)
         self.neurons = make_neurons(config, config.state_size)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
-        self.act = other_than_silu(config)
 
     def forward(
         self,
@@ -255,11 +260,7 @@ class LrcSSMMixer(nn.Module):
         """(B, T, H), (B, D, K - 1), (B, D) -> the same, after the steps."""
         branch, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         branch, conv_state = self.convolution(branch, conv_state, steps)
-        if self.act is None and steps == ALL_ALIKE and self.neurons.decodes and decodes_by_kernels(gate):
-            mixed, recurrent_state = self.neurons.gated_step(branch, recurrent_state, gate)
-        else:
-            states, recurrent_state = self.neurons(branch, recurrent_state, steps)
-            mixed = gated(states, gate, self.act)
+        mixed, recurrent_state = self.neurons(branch, recurrent_state, steps, gate)
         return self.out_proj(mixed), conv_state, recurrent_state
 
 

@@ -50,7 +50,7 @@ def init_lrc_neurons(neurons: nn.Module) -> None:
 def init_cell_neurons(neurons: nn.Module) -> None:
     """As the authors draw theirs; no bias."""
     bound = neurons.config.state_size**-0.5
-    for parameter in (neurons.currents.weight, *neurons.cell_parameters().values()):
+    for parameter in (neurons.currents.weight, *neurons.cell_parameters()):
         init.uniform_(parameter, -bound, bound)
     init.zeros_(neurons.currents.bias)
     _init_sensory(neurons)

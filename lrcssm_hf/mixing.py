@@ -70,8 +70,14 @@ def _is_watched(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or type(tensor) is not Tensor
 
 
+def _are_together(tensors: Sequence) -> bool:
+    """Whether all are on one device: a kernel does not ask where an address leads to."""
+    device = tensors[0].device
+    return all(tensor.device == device for tensor in tensors if isinstance(tensor, Tensor))
+
+
 def _fused(operator: str, definition: Callable, *arguments):
-    if _is_watched(arguments[0]):
+    if _is_watched(arguments[0]) or not _are_together(arguments):
         return definition(*arguments)
     if torch.is_grad_enabled() and kernels_for(operator, arguments[0]) is not None:
         return _Fused.apply(operator, definition, *arguments)
@@ -226,7 +232,8 @@ def gated_step(
     if state is None:
         state = gate.new_zeros(batch, count, size, dtype=dtype)
     arguments = program, inputs, parameters, state.view(batch, count, size), gate
-    results = by_kernels("gated_step", "auto", gate, *arguments) if dtype == torch.float32 else None
+    is_served = dtype == torch.float32 and _are_together((gate, state, *inputs, *parameters))
+    results = by_kernels("gated_step", "auto", gate, *arguments) if is_served else None
     output, state = gated_step_definition(*arguments) if results is None else results
     return output, state.squeeze(1) if count == 1 else state
 
