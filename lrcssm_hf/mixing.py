@@ -18,7 +18,7 @@ from torch import Tensor
 from .backends import by_kernels, kernels_for
 from .cell_compiler import PROGRAMS, Program
 from .cells import Cell
-from .operators import is_transformed, working_dtype
+from .operators import in_forward_mode, is_transformed, working_dtype
 from .solvers import Problem
 
 
@@ -38,8 +38,8 @@ class _Fused(torch.autograd.Function):
         pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
         arguments = [other if tensor is None else tensor for tensor, other in pairs]
         gradients = None
-        # With `create_graph`, what is computed has to be seen.
-        if not torch.is_grad_enabled():
+        # With `create_graph` and in forward mode, what is computed has to be differentiable itself.
+        if not (torch.is_grad_enabled() or in_forward_mode()):
             gradients = by_kernels(f"{ctx.operator}_backward", "auto", arguments[0], *grads, *arguments)
         if gradients is None:
             gradients = _through_definition(ctx.definition, arguments, ctx.needs_input_grad[2:], grads)
@@ -52,7 +52,7 @@ def _forward(operator: str, definition: Callable, arguments: Sequence):
 
 
 def _through_definition(definition: Callable, arguments: Sequence, needed: Sequence[bool], grads: Sequence):
-    again = torch.is_grad_enabled()
+    again = torch.is_grad_enabled() or in_forward_mode()
     with torch.enable_grad():
         if not again:
             arguments = [x.detach().requires_grad_() if is_needed else x for x, is_needed in zip(arguments, needed)]

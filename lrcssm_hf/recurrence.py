@@ -121,8 +121,9 @@ def _adjoint_of_prefix_scan(
 
 def _prefix_scan_backward(ctx, grad_states):
     decay, initial_state, states = ctx.saved_tensors
-    # With `create_graph`, what is computed has to be differentiable itself.
-    adjoint = _adjoint_of_prefix_scan if torch.is_grad_enabled() else _prefix_scan_backward_op
+    # With `create_graph` and in forward mode, what is computed has to be differentiable itself.
+    is_watched = torch.is_grad_enabled() or in_forward_mode()
+    adjoint = _adjoint_of_prefix_scan if is_watched else _prefix_scan_backward_op
     by_decay, by_inputs, by_initial_state = adjoint(grad_states, decay, states, initial_state, ctx.reverse)
     decay_dtype, inputs_dtype = ctx.dtypes
     return by_decay.to(decay_dtype), by_inputs.to(inputs_dtype), by_initial_state, None
@@ -196,7 +197,8 @@ def prefix_scan(
 
 
 # --- The nonlinear scan ---------------------------------------------------------------------------------------------
-# The operators take a cell's program by its key, its states as (B, T, n, D) and its parameters as one (P, D) tensor.
+# The operators take a cell's program by its key, and its states as (B, T, n, D) in the dtype in which they are solved,
+# which the parameters have too.
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cell_scan", mutates_args=())
@@ -205,30 +207,40 @@ def _cell_scan_op(
     inputs: Sequence[Tensor],
     time_step: Tensor | None,
     reset: Tensor | None,
-    initial_state: Tensor,
-    weights: Tensor,
+    initial_state: Tensor | None,
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
     solver: str,
     backend: str,
     tolerance: float,
+    with_info: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(states, final_state, [iterations, residual, fell_back, index of the solver])."""
-    operands = (PROGRAMS[program], inputs, time_step, reset)
-    results = by_kernels("cell_scan", backend, weights, *operands, initial_state, weights, solver, tolerance)
+    """(states, final_state, [iterations, residual, fell_back, index of the solver]); the last `with_info`, otherwise
+    four numbers of no meaning."""
+    operands = (PROGRAMS[program], inputs, time_step, reset, initial_state, weights)
+    like = inputs[0].new_empty(0, dtype=dtype)
+    results = by_kernels("cell_scan", backend, like, *operands, solver, tolerance, with_info)
     if results is None:
-        problem = Problem.of(*operands, weights.unbind(), weights.dtype)
+        problem, initial_state = Problem.of(*operands[:4], weights, dtype), _initial(operands, dtype)
         states, info = solve(problem, inputs[0].shape[1], initial_state, solver, tolerance)
         numbers = [info.iterations, info.residual, info.fell_back, SOLVERS.index(info.solver)]
-        results = states, torch.tensor(numbers, dtype=torch.float32, device=weights.device)
-    states, numbers = results
-    return states.contiguous(), states[:, -1].clone(), numbers
+        numbers = torch.tensor(numbers, dtype=torch.float32, device=states.device)
+        results = states.contiguous(), states[:, -1].clone(), numbers
+    return results
+
+
+def _initial(operands: tuple, dtype: torch.dtype) -> Tensor:
+    """The initial state, zero where there is none."""
+    program, inputs, _, _, initial_state, _ = operands
+    batch, _, size = inputs[0].shape
+    return inputs[0].new_zeros(batch, program.states, size, dtype=dtype) if initial_state is None else initial_state
 
 
 @_cell_scan_op.register_fake
-def _(program, inputs, time_step, reset, initial_state, weights, *options):
-    batch, *size = initial_state.shape
-    states = initial_state.new_empty(batch, inputs[0].shape[1], *size)
-    numbers = torch.empty(4, dtype=torch.float32, device=weights.device)
-    return states, initial_state.new_empty(initial_state.shape), numbers
+def _(program, inputs, time_step, reset, initial_state, weights, dtype, *options):
+    (batch, length, size), count = inputs[0].shape, PROGRAMS[program].states
+    states = inputs[0].new_empty(batch, length, count, size, dtype=dtype)
+    return states, states.new_empty(batch, count, size), states.new_empty(4, dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cell_scan_backward", mutates_args=())
@@ -240,49 +252,62 @@ def _cell_scan_backward_op(
     inputs: Sequence[Tensor],
     time_step: Tensor | None,
     reset: Tensor | None,
-    initial_state: Tensor,
-    weights: Tensor,
+    initial_state: Tensor | None,
+    weights: Sequence[Tensor],
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Gradients of (inputs, time_step, initial_state, weights); that of an absent time step is an empty tensor."""
-    operands, incoming = (PROGRAMS[program], inputs, time_step, reset), (grad_states, grad_final_state)
-    gradients = by_kernels("cell_scan_backward", backend, weights, *incoming, states, *operands, initial_state, weights)
+    """Gradients of inputs, time step, initial state, and weights (P, D); that of what is absent is an empty tensor."""
+    operands = (PROGRAMS[program], inputs, time_step, reset, initial_state, weights)
+    gradients = by_kernels("cell_scan_backward", backend, states, grad_states, grad_final_state, states, *operands)
     if gradients is None:
-        problem = Problem.of(*operands, weights.unbind(), weights.dtype)
-        gradients = solve_backward(problem, *incoming, states, initial_state)
+        problem = Problem.of(*operands[:4], weights, states.dtype)
+        gradients = solve_backward(problem, grad_states, grad_final_state, states, _initial(operands, states.dtype))
     by_inputs, by_time_step, by_initial_state, by_weights = gradients
     by_inputs = [gradient.to(x.dtype) for gradient, x in zip(by_inputs, inputs)]
-    by_time_step = weights.new_empty(0) if time_step is None else by_time_step.to(time_step.dtype)
-    return by_inputs, by_time_step, by_initial_state, by_weights.to(weights.dtype)
+    by_time_step = states.new_empty(0) if time_step is None else by_time_step.to(time_step.dtype)
+    by_initial_state = states.new_empty(0) if initial_state is None else by_initial_state
+    return by_inputs, by_time_step, by_initial_state, by_weights.to(states.dtype)
 
 
 @_cell_scan_backward_op.register_fake
 def _(grad_states, grad_final_state, states, program, inputs, time_step, reset, initial_state, weights, backend):
-    by_time_step = weights.new_empty(0) if time_step is None else time_step.new_empty(time_step.shape)
     by_inputs = [x.new_empty(x.shape) for x in inputs]
-    return by_inputs, by_time_step, initial_state.new_empty(initial_state.shape), weights.new_empty(weights.shape)
+    by_time_step = states.new_empty(0) if time_step is None else time_step.new_empty(time_step.shape)
+    by_initial_state = states.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return by_inputs, by_time_step, by_initial_state, states.new_empty(len(weights), states.shape[-1])
 
 
 def _cell_scan_setup(ctx, inputs, output):
-    ctx.program, currents, *operands, _, ctx.backend, _ = inputs
+    ctx.program, currents, *operands, weights, _, _, ctx.backend, _, _ = inputs
     ctx.count = len(currents)
-    ctx.save_for_backward(output[0], *currents, *operands)
+    ctx.save_for_backward(output[0], *operands, *currents, *weights)
     ctx.set_materialize_grads(False)
 
 
 def _cell_scan_autograd(ctx, grad_states, grad_final_state, grad_info):
     if in_forward_mode():
         raise NotImplementedError("Forward mode has to begin before a scan is called, not before going back only.")
-    states, *operands = ctx.saved_tensors
-    inputs, operands = operands[: ctx.count], operands[ctx.count :]
+    states, time_step, reset, initial_state, *tensors = ctx.saved_tensors
+    inputs, weights = tensors[: ctx.count], tensors[ctx.count :]
     if grad_states is None:
         # One row of zeros for all steps.
         grad_states = states.new_zeros(states.shape[-1]).expand_as(states)
     by_inputs, by_time_step, by_initial_state, by_weights = _cell_scan_backward_op(
-        grad_states, grad_final_state, states, ctx.program, inputs, *operands, ctx.backend
+        grad_states,
+        grad_final_state,
+        states,
+        ctx.program,
+        inputs,
+        time_step,
+        reset,
+        initial_state,
+        weights,
+        ctx.backend,
     )
-    by_time_step = None if operands[0] is None else by_time_step
-    return None, by_inputs, by_time_step, None, by_initial_state, by_weights, None, None, None
+    by_time_step = None if time_step is None else by_time_step
+    by_initial_state = None if initial_state is None else by_initial_state
+    by_weights = list(by_weights.unbind()) if weights else []
+    return None, by_inputs, by_time_step, None, by_initial_state, by_weights, None, None, None, None, None
 
 
 _cell_scan_op.register_autograd(_cell_scan_autograd, setup_context=_cell_scan_setup)
@@ -363,21 +388,21 @@ def cell_scan(
     parameters = [as_operand(parameter, dtype) for parameter in parameters.values()]
     time_step, reset = as_operand(time_step, dtype), as_operand(reset, torch.bool)
     time_step = None if time_step is None else time_step.real
-    if initial_state is None:
-        initial_state = first.new_zeros(batch, count, size, dtype=dtype)
-    else:
+    if initial_state is not None:
         initial_state = as_operand(initial_state, dtype).to(dtype).view(batch, count, size)
+    elif group is not None:
+        initial_state = first.new_zeros(batch, count, size, dtype=dtype)
     tolerance = rounding(dtype) if tolerance is None else float(tolerance)
     key, options = cell.key(tuple(inputs), time_step is not None), (solver, backend, tolerance)
 
     if group is None:
         steps = (*inputs.values(), time_step, reset)
-        states, final_state, info = _scan(key, steps, parameters, initial_state, *options, return_info)
+        states, final_state, info = _scan(key, steps, parameters, initial_state, dtype, *options, return_info)
     else:
         require_spreadable("return_info", return_info, dtype)
 
         def scan(steps: dict[str, Tensor], parameters: list[Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-            return _scan(key, tuple(steps.values()), parameters, start, *options)[:2]
+            return _scan(key, tuple(steps.values()), parameters, start, dtype, *options)[:2]
 
         steps = {**inputs, "time_step": time_step, "reset": reset}
         states, final_state = scan_over_ranks(scan, group, steps, parameters, initial_state, tolerance)
@@ -390,7 +415,8 @@ def _scan(
     key: str,
     steps: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
-    initial_state: Tensor,
+    initial_state: Tensor | None,
+    dtype: torch.dtype,
     solver: str,
     backend: str,
     tolerance: float,
@@ -398,31 +424,31 @@ def _scan(
 ) -> tuple[Tensor, Tensor, ScanInfo | None]:
     """States (B, T, n, D) and final state (B, n, D); `steps` are the inputs, the time step and the reset."""
     *inputs, time_step, reset = steps
-    batch, count, size = initial_state.shape
-    length = inputs[0].shape[1]
-    weights = [parameter.to(initial_state.dtype) for parameter in parameters]
+    length, device = inputs[0].shape[1], inputs[0].device
+    weights = [parameter.to(dtype) for parameter in parameters]
+    operands = (PROGRAMS[key], inputs, time_step, reset, initial_state, weights)
     if solver not in ("auto", "sequential"):
         if backend == "cpu":
             raise ValueError(f"backend 'cpu' solves sequentially, not by {solver!r}: use solver or backend 'auto'.")
-        if backend == "auto" and initial_state.device.type == "cpu":
+        if backend == "auto" and device.type == "cpu":
             backend = "torch"
     if backend not in ("auto", "torch"):
-        require_kernels("cell_scan", backend, initial_state)
+        require_kernels("cell_scan", backend, inputs[0].new_empty(0, dtype=dtype))
 
     if length == 0:
-        return initial_state.new_empty(batch, 0, count, size), initial_state, ScanInfo(solver, 0, 0.0, False)
+        state = _initial(operands, dtype)
+        return state.unsqueeze(1)[:, :0], state, ScanInfo(solver, 0, 0.0, False)
     if is_transformed():
-        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights, initial_state.dtype)
-        states = solve_sequential(problem, length, initial_state)
+        problem = Problem.of(*operands[:4], weights, dtype)
+        states = solve_sequential(problem, length, _initial(operands, dtype))
         return states, states[:, -1].clone(), ScanInfo("sequential", 1, 0.0, False)
     if length == 1 and not return_info and not torch.is_grad_enabled():
         # Decoding: one plain step, which compilers can fuse with its neighbours.
-        problem = Problem.of(PROGRAMS[key], inputs, time_step, reset, weights, initial_state.dtype)
-        states = problem.advance(initial_state.unsqueeze(1))
+        problem = Problem.of(*operands[:4], weights, dtype)
+        states = problem.advance(_initial(operands, dtype).unsqueeze(1))
         return states, states[:, -1].clone(), None
-    weights = torch.stack(weights) if weights else initial_state.new_empty(0, size)
     states, final_state, log = _cell_scan_op(
-        key, inputs, time_step, reset, initial_state, weights, solver, backend, tolerance
+        key, inputs, time_step, reset, initial_state, weights, dtype, solver, backend, tolerance, return_info
     )
     info = None
     if return_info:

@@ -327,15 +327,22 @@ def _step_kernel(key: str, array: str) -> Callable:
 # --- Tensors in, tensors out ----------------------------------------------------------------------------------------
 
 
-def _operands(inputs, time_step, reset, initial_state, weights) -> tuple:
+def _operands(program: Program, inputs, time_step, reset, initial_state, weights) -> tuple:
     batch, steps, _ = inputs[0].shape
     return (
         tuple(map(rows_of, inputs)),
         optional_rows(time_step, 1.0, batch, steps),
         optional_rows(reset, False, batch, steps),
-        initial_state.detach().contiguous().numpy(),
-        weights.detach().contiguous().numpy(),
+        *_shared(program, inputs, initial_state, weights),
     )
+
+
+def _shared(program: Program, inputs, initial_state, weights) -> tuple:
+    """The initial state, zero where there is none, and the weights (P, D), as arrays."""
+    batch, _, size = inputs[0].shape
+    initial = torch.zeros(batch, program.states, size) if initial_state is None else initial_state.detach()
+    stacked = torch.stack(tuple(weights)).detach() if weights else torch.empty(0, size)
+    return initial.contiguous().numpy(), stacked.numpy()
 
 
 def serves_cpu(operator: str, tensor: Tensor) -> bool:
@@ -349,16 +356,16 @@ def serves_cpu(operator: str, tensor: Tensor) -> bool:
 
 
 def cell_scan_cpu(
-    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance
-) -> tuple[Tensor, Tensor]:
-    """The states (B, T, n, D), solved sequentially, and the operator's numbers; arguments as in
+    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance, with_info
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states (B, T, n, D), solved sequentially, the last of them, and the operator's numbers; arguments as in
     `recurrence._cell_scan_op`."""
     batch, steps, size = inputs[0].shape
     states = empty(batch, steps, program.states, size)
-    arguments = (*_operands(inputs, time_step, reset, initial_state, weights), states.numpy())
+    arguments = (*_operands(program, inputs, time_step, reset, initial_state, weights), states.numpy())
     blocks, width = partition(batch, size)
     run(_kernels_of(program.key).forward, arguments, batch, steps, size, blocks, width)
-    return states, torch.tensor([1, 0, 0, SOLVERS.index("sequential")], dtype=torch.float32)
+    return states, states[:, -1].clone(), torch.tensor([1.0, 0.0, 0.0, SOLVERS.index("sequential")])
 
 
 def cell_scan_backward_cpu(
@@ -369,13 +376,13 @@ def cell_scan_backward_cpu(
     blocks, width = partition(batch, size)
     grad_inputs = [empty(batch, steps, size) for _ in inputs]
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
-    grad_initial = initial_state.new_empty(initial_state.shape)
-    grad_weights = weights.new_empty(batch, *weights.shape, dtype=torch.float64)
+    grad_initial = states.new_empty(batch, program.states, size)
+    grad_weights = states.new_empty(batch, len(weights), size, dtype=torch.float64)
     arguments = (
         tuple(rows_of(grad) for grad in grad_states.unbind(2)),
-        torch.zeros_like(initial_state).numpy() if grad_final_state is None else grad_final_state.contiguous().numpy(),
+        torch.zeros_like(grad_initial).numpy() if grad_final_state is None else grad_final_state.contiguous().numpy(),
         states.numpy(),
-        *_operands(inputs, time_step, reset, initial_state, weights),
+        *_operands(program, inputs, time_step, reset, initial_state, weights),
         tuple(gradient.numpy() for gradient in grad_inputs),
         None if grad_time_step is None else grad_time_step.numpy(),
         grad_initial.numpy(),

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, Tape, Value, fill, operands
-from .operators import SOLVERS
-from .solvers import gathered_rounding, last_changes
+from .operators import SOLVERS, working_dtype
+from .solvers import gathered_rounding
 
 
 try:  # Guarded, because transformers refuses a Hub model's code when an unguarded import is missing.
@@ -58,8 +58,11 @@ _CHUNKS_TILE, _NEWTON_TILE = 32, 8
 _LANES = 1024
 # Chunks are not cut shorter than this: their boundaries have to be worth less than their steps.
 _SHORTEST_CHUNK = 64
-# Sweeps launched before the sequential solver takes over. Contracting recurrences need two or three.
-_MAX_SWEEPS = 6
+# Sweeps launched before the sequential solver takes over: contracting recurrences need two or three, those with time
+# constants of thousands of steps four.
+_MAX_SWEEPS = 4
+# Flags of steps that are looked through at a time.
+_FLAGS = 1024
 _MAX_NEWTON_ITERATIONS = tl.constexpr(30)
 # Triton's interpreter knows no instructions of a processor.
 _COMPILES = tl.constexpr(not triton.knobs.runtime.interpret)
@@ -125,8 +128,8 @@ def _relative(error, scale):
 
 
 # --- What all cells share -------------------------------------------------------------------------------------------
-# Programs of a launch are numbered channel block first, then chunk, then batch row. `log` is (4, batch, blocks)
-# float32, the rows iterations, residual, unsolved (1 until a solver has converged there) and the solver's number.
+# Programs of a launch are numbered channel block first, then chunk, then batch row. `log` is (3, batch, blocks)
+# float32, the rows iterations, residual and unsolved (1 until a solver has converged there).
 
 
 @triton.jit
@@ -138,31 +141,50 @@ def program_of(chunks, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _hold_kernel(
-    states, initial, last_change, steps, size, chunk, chunks, blocks, STATES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Steps of no time at the head of a chunk are given, bit for bit, the state before them: `solvers._hold`.
+def _find_change(dt, reset, b, steps, before, TILE: tl.constexpr):
+    """The last step before this one at which the state may have changed, counted from 1; 0 is the initial state."""
+    found = before * 0
+    while (found == 0) & (before > 0):
+        t = before - 1 - tl.arange(0, TILE)
+        changes = tl.load(dt + b * steps + t, mask=t >= 0, other=0.0) != 0
+        if reset is not None:
+            changes = changes | (tl.load(reset + b * steps + t, mask=t >= 0, other=0) != 0)
+        found = tl.max(tl.where(changes, t + 1, 0), 0)
+        before -= TILE
+    return found
 
-    last_change (B, T): the last step, counted from 1, at which the state may have changed; 0 is the initial state.
-    """
+
+@triton.jit
+def _hold_kernel(
+    dt, reset, states, initial, final, steps, size, chunk, chunks, blocks,
+    STATES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Steps of no time at the head of a chunk are given, bit for bit, the state before them: `solvers._hold`."""
     b, index, _, channel = program_of(chunks, blocks, BLOCK)
     inside = channel < size
     first = index * chunk
-    source = tl.load(last_change + b * steps + first)
-    if source <= first:
-        from_initial = channel < tl.where(source == 0, size, 0)
+    last = tl.minimum(first + chunk, steps)
+    t = first
+    same = True
+    while same:
+        # The first step that changes the state ends it.
+        same = t < last
+        same = same & (tl.load(dt + b * steps + t, mask=same, other=1.0) == 0)
+        if reset is not None:
+            same = same & (tl.load(reset + b * steps + t, mask=same, other=1) == 0)
+        t += same.to(tl.int64)
+    if t > first:
+        source = _find_change(dt, reset, b, steps, first, TILE)
         from_states = channel < tl.where(source == 0, 0, size)
-        last = tl.minimum(first + chunk, steps)
         for i in tl.static_range(STATES):
             held_at = ((b * steps + source - 1) * STATES + i) * size + channel
             held = tl.load(states + held_at, mask=from_states, other=0.0)
-            held += tl.load(initial + (b * STATES + i) * size + channel, mask=from_initial, other=0.0)
-            t = first
-            while t < last:
-                tl.store(states + ((b * steps + t) * STATES + i) * size + channel, held, mask=inside)
-                t += 1
-                same = tl.load(last_change + b * steps + t, mask=t < last, other=-1) == source
-                t = tl.where(same, t, last)
+            if initial is not None:
+                from_initial = channel < tl.where(source == 0, size, 0)
+                held += tl.load(initial + (b * STATES + i) * size + channel, mask=from_initial, other=0.0)
+            for k in range(first, t):
+                tl.store(states + ((b * steps + k) * STATES + i) * size + channel, held, mask=inside)
+            tl.store(final + (b * STATES + i) * size + channel, held, mask=inside & (t == steps))
 
 
 @triton.jit
@@ -301,14 +323,16 @@ def linearise($states, $inputs, time_step, fresh$weights):
 
 @triton.jit
 def sweep(
-    $in_pointers, dt, reset, weights, starts, trajectory, products, amplitudes, log,
+    $in_pointers, dt, reset, $weight_pointers, initial, starts, trajectory, final, products, amplitudes, log,
     $in_strides, steps, size, chunk, chunks, blocks, batch,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """The exact recurrence through every chunk from its start; where `products` is given, also the chunk's Jacobian,
     and the size of its states in `amplitudes`.
 
-    starts, amplitudes (B, chunks, n, D); trajectory (B, T, n, D). With a log, only blocks that are unsolved.
+    starts, amplitudes (B, chunks, n, D); trajectory (B, T, n, D); final (B, n, D). The FIRST of several makes the
+    starts, of which all but the initial state are zero; without starts there is one chunk. Otherwise, with a log, only
+    blocks that are unsolved.
     """
     b, index, block, channel = program_of(chunks, blocks, BLOCK)
     is_channel = (channel < size) | EVEN
@@ -316,11 +340,19 @@ def sweep(
     $load_weights
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
-    if log is not None:
+    if log is not None and not FIRST:
         unsolved = tl.load(log + (2 * batch + b) * blocks + block) != 0
         last = tl.where(unsolved, last, first)
     entry = b * chunks + index
-    $load_starts
+    if FIRST or starts is None:
+        $zero_states
+        if initial is not None:
+            is_first = channel < tl.where(index == 0, size, 0)
+            $first_states
+    else:
+        $load_starts
+    if FIRST:
+        $store_first_starts
     $identity
     $zero_amplitudes
     next_row = first
@@ -339,6 +371,8 @@ def sweep(
                     $amplitudes = $larger_amplitudes
                 $store_states
         next_row = whole
+    at_end = channel < tl.where(last == steps, size, 0)
+    $store_final
     if products is not None:
         ran = channel < tl.where(last > first, size, 0)
         $store_products
@@ -365,7 +399,7 @@ def step(
 @triton.jit
 def stitch(
     starts, trajectory, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch, tolerance, gathered,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """Finds how far the starts of the chunks are off, and corrects them by Newton's method on the boundaries.
 
@@ -376,7 +410,10 @@ def stitch(
     channel = channel[None, :]
     log_entry = log + b * blocks + block
     plane = batch * blocks
-    if tl.load(log_entry + 2 * plane) != 0:
+    sweeps, unsolved = 0.0, 1.0
+    if not FIRST:
+        sweeps, unsolved = tl.load(log_entry), tl.load(log_entry + 2 * plane)
+    if unsolved != 0:
         $zero_largest
         for tile in range(0, chunks, TILE):
             index = tile + row
@@ -402,14 +439,14 @@ def stitch(
             $keep_corrections
             $finite_carries
         residual = tl.max(tl.max(worst, 1), 0) / gathered
-        tl.store(log_entry, tl.load(log_entry) + 1.0)
+        tl.store(log_entry, sweeps + 1.0)
         tl.store(log_entry + plane, residual.to(tl.float32))
         tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
 
 
 @triton.jit
 def newton(
-    $in_pointers, dt, reset, weights, initial, both, log,
+    $in_pointers, dt, reset, $weight_pointers, initial, both, log,
     $in_strides, steps, size, blocks, batch, tolerance, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """All of Newton's iterations for a block of channels; `both` (2, B, T, n, D), of which the first half is zero at
@@ -417,7 +454,9 @@ def newton(
     b, _, block, channel = program_of(1, blocks, BLOCK)
     is_channel = channel < size
     $load_weights
-    $load_initial
+    $zero_initial
+    if initial is not None:
+        $load_initial
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
     half = tl.full([], $count, tl.int64) * batch * steps * size
@@ -463,7 +502,7 @@ def newton(
 
 @triton.jit
 def adjoint(
-    $in_pointers, dt, reset, weights, initial, trajectory, grad_trajectory, incoming, products,
+    $in_pointers, dt, reset, $weight_pointers, initial, trajectory, grad_trajectory, incoming, products,
     $grad_pointers, grad_dt, grad_initial, grad_weights,
     $in_strides, g_b, g_t, g_n, steps, size, chunk, chunks, blocks, batch,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
@@ -480,11 +519,13 @@ def adjoint(
     $load_weights
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
-    $load_initial
+    $zero_initial
+    if initial is not None:
+        $load_initial
     entry = b * chunks + index
     $zero_carries
     $identity
-    if not REDUCE:
+    if not REDUCE and incoming is not None:
         $load_incoming
     $zero_sums
     next_row = last - 1
@@ -518,8 +559,9 @@ def adjoint(
         ran = inside
         $store_products
     else:
-        is_first = channel < tl.where(index == 0, size, 0)
-        $store_grad_initial
+        if grad_initial is not None:
+            is_first = channel < tl.where(index == 0, size, 0)
+            $store_grad_initial
         grad_weights += entry * $weight_count * size + channel
         $store_sums
 '''
@@ -580,6 +622,10 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         "keep_corrections": each("carry{i} = " + last_row_of("correction{i}", "row == TILE - 1")),
         # sweep
         "load_starts": each(_load("state{i}", "starts + " + at("entry"))),
+        "zero_states": each("state{i} = tl.zeros([BLOCK], DTYPE)"),
+        "first_states": each(_load("state{i}", "initial + " + at("b"), "is_first")),
+        "store_first_starts": each(_store("starts + " + at("entry"), "state{i}", "is_channel")),
+        "store_final": each(_store("final + " + at("b"), "state{i}", "at_end")),
         "store_states": each(_store(trajectory, "state{i}")),
         "amplitudes": each("amplitude{i}"),
         "zero_amplitudes": each("amplitude{i} = tl.zeros([BLOCK], DTYPE)"),
@@ -611,6 +657,7 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         ],
         "finite_carries": each("carry{i} = tl.where(_finite(carry{i}), carry{i}, 0.0)"),
         # newton
+        "zero_initial": each("initial{i} = tl.zeros([BLOCK], DTYPE)"),
         "load_initial": each(_load("initial{i}", "initial + " + at("b"), "is_channel")),
         "load_guesses": [
             *each(_load("state{i}", trajectory)),
@@ -691,9 +738,7 @@ def _cell_parts(program: Program) -> dict[str, str | list[str]]:
         "weight_count": str(program.weights),
         "load_inputs": [_load(name, f"{name}_pointer + {name}_row + channel") + ".to(DTYPE)" for name in inputs],
         "load_time_step": load_time_step,
-        "load_weights": [
-            _load(name, f"weights + {k} * size + channel", "is_channel") for k, name in enumerate(weights)
-        ],
+        "load_weights": [_load(name, f"{name}_pointer + channel", "is_channel") for name in weights],
         "forget_at_reset": [f"{name} = tl.where(fresh, 0.0, {name})" for name in states],
         "linearise": _lines(program.linearise),
         "following": following,
@@ -850,12 +895,13 @@ def with_rows(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
-def _operands(inputs, time_step, reset, weights) -> tuple[tuple, tuple]:
+def _operands(inputs, time_step, reset, weights, dtype: torch.dtype) -> tuple[tuple, list[int]]:
     """The pointers and strides that a cell's kernels begin with."""
     rows, *strides = zip(*map(with_rows, inputs))
-    dt = None if time_step is None else time_step.to(weights.dtype).contiguous()
+    dt = None if time_step is None else time_step.to(dtype).contiguous()
     fresh = None if reset is None else reset.contiguous().view(torch.uint8)
-    return (*rows, dt, fresh, weights.contiguous()), [stride for pair in zip(*strides) for stride in pair]
+    weights = [weight.contiguous() for weight in weights]
+    return (*rows, dt, fresh, *weights), [stride for pair in zip(*strides) for stride in pair]
 
 
 def options_for(tensor: Tensor, size: int, **options) -> dict:
@@ -893,91 +939,93 @@ def _tile(most: int, tensor: Tensor, states: int) -> int:
 
 
 def cell_scan_triton(
-    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance
-) -> tuple[Tensor, Tensor]:
-    """The states (B, T, n, D) and the operator's numbers; arguments as in `recurrence._cell_scan_op`."""
+    program: Program, inputs, time_step, reset, initial_state, weights, solver, tolerance, with_info
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states (B, T, n, D), the last of them, and the operator's numbers; arguments as in
+    `recurrence._cell_scan_op`."""
     batch, steps, size = inputs[0].shape
-    states = weights.new_empty(batch, steps, program.states, size)
+    dtype = working_dtype(*inputs, initial_state, *weights)
+    states = inputs[0].new_empty(batch, steps, program.states, size, dtype=dtype)
+    final, numbers = states.new_empty(batch, program.states, size), states.new_empty(4, dtype=torch.float32)
     if states.numel() == 0:
-        return states, weights.new_zeros(4, dtype=torch.float32)
-    chunk = _chunk_length(batch, steps, size, weights.device, fewest=2 if solver == "chunked" else 4)
+        return states, final, numbers
+    chunk = _chunk_length(batch, steps, size, states.device, fewest=2 if solver == "chunked" else 4)
     if solver == "auto":
         solver = "sequential" if chunk == steps else "chunked"
-    pointers, strides = _operands(inputs, time_step, reset, weights)
-    initial = initial_state.contiguous()
-    options = options_for(weights, size, BLOCK=_channels(weights, program, size))
+    pointers, strides = _operands(inputs, time_step, reset, weights, states.dtype)
+    initial = None if initial_state is None else initial_state.contiguous()
+    options = options_for(states, size, BLOCK=_channels(states, program, size))
     if solver == "newton":
         options["BLOCK"] = max(16, options["BLOCK"] // 2)
     blocks = triton.cdiv(size, options["BLOCK"])
-    log = weights.new_zeros(4, batch, blocks, dtype=torch.float32)
-    log[3] = SOLVERS.index(solver)
+    log = None if solver == "sequential" else states.new_empty(3, batch, blocks, dtype=torch.float32)
     kernels = _cell_kernels(program.key)
 
-    def sweep(starts, products, amplitudes, chunk, log):
+    def sweep(starts, products, amplitudes, chunk, log, is_first=False):
         chunks = triton.cdiv(steps, chunk)
         kernels.sweep[(batch * chunks * blocks,)](
-            *pointers, starts, states, products, amplitudes, log, *strides, steps, size, chunk, chunks, blocks, batch,
-            **options, **_walk(weights, size, options["BLOCK"], program), num_warps=1,
+            *pointers, initial, starts, states, final, products, amplitudes, log,
+            *strides, steps, size, chunk, chunks, blocks, batch,
+            **options, **_walk(states, size, options["BLOCK"], program), FIRST=is_first, num_warps=1,
         )  # fmt: skip
 
-    with on_device(weights.device):
-        if solver == "sequential":
-            log[0] = 1
-            sweep(initial, None, None, steps, None)
-            return states, log.amax((1, 2))
-        log[2] = 1
+    with on_device(states.device):
         if solver == "newton":
-            both = weights.new_zeros(2, *states.shape)
+            both = states.new_zeros(2, *states.shape)
             kernels.newton[(batch * blocks,)](
                 *pointers, initial, both, log, *strides, steps, size, blocks, batch, tolerance,
-                **options, TILE=_tile(_NEWTON_TILE, weights, program.states), num_warps=4,
+                **options, TILE=_tile(_NEWTON_TILE, states, program.states), num_warps=4,
             )  # fmt: skip
             states = both[0].clone()
             chunk = 1
-        else:
+        elif solver == "chunked":
             chunks = triton.cdiv(steps, chunk)
-            starts = weights.new_zeros(batch, chunks, program.states, size)
-            starts[:, 0] = initial
-            amplitudes = torch.empty_like(starts)
-            products = weights.new_empty(batch, chunks, program.states, program.states, size)
-            for _ in range(min(_MAX_SWEEPS, chunks)):
-                sweep(starts, products, amplitudes, chunk, log)
+            starts, amplitudes = states.new_empty(2, batch, chunks, program.states, size)
+            products = states.new_empty(batch, chunks, program.states, program.states, size)
+            for number in range(min(_MAX_SWEEPS, chunks)):
+                sweep(starts, products, amplitudes, chunk, log, is_first=number == 0)
                 kernels.stitch[(batch * blocks,)](
                     starts, states, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch,
-                    tolerance, gathered_rounding(chunk), **options,
-                    TILE=_tile(_CHUNKS_TILE, weights, program.states), num_warps=8,
+                    tolerance, gathered_rounding(chunk), **options, FIRST=number == 0,
+                    TILE=_tile(_CHUNKS_TILE, states, program.states), num_warps=8,
                 )  # fmt: skip
-        if time_step is not None:
+        if time_step is not None and solver != "sequential":
             chunks = triton.cdiv(steps, chunk)
+            dt, fresh = pointers[len(inputs) : len(inputs) + 2]
             _hold_kernel[(batch * chunks * blocks,)](
-                states, initial, last_changes(time_step, reset), steps, size, chunk, chunks, blocks,
-                STATES=program.states, BLOCK=options["BLOCK"], num_warps=1, enable_fp_fusion=True,
+                dt, fresh, states, initial, final, steps, size, chunk, chunks, blocks,
+                STATES=program.states, BLOCK=options["BLOCK"], TILE=_FLAGS, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
-        sweep(initial, None, None, steps, log)
-    return states, log.amax((1, 2))
+        sweep(None, None, None, steps, log)
+    if solver == "newton":
+        final = states[:, -1].clone()
+    if with_info:
+        numbers[:3] = 0 if log is None else log.amax((1, 2))
+        numbers[0] = 1 if log is None else numbers[0]
+        numbers[3] = SOLVERS.index(solver)
+    return states, final, numbers
 
 
 def cell_scan_backward_triton(
     grad_states, grad_final_state, states, program: Program, inputs, time_step, reset, initial_state, weights
-) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
     batch, steps, size = inputs[0].shape
-    pointers, strides = _operands(inputs, time_step, reset, weights)
+    pointers, strides = _operands(inputs, time_step, reset, weights, states.dtype)
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
-    initial = initial_state.contiguous()
-    options = options_for(weights, size, BLOCK=_channels(weights, program, size), num_warps=1)
-    options |= _walk(weights, size, options["BLOCK"], program)
+    initial = None if initial_state is None else initial_state.contiguous()
+    options = options_for(states, size, BLOCK=_channels(states, program, size), num_warps=1)
+    options |= _walk(states, size, options["BLOCK"], program)
     blocks = triton.cdiv(size, options["BLOCK"])
-    chunk = _chunk_length(max(1, batch), steps, max(1, size), weights.device, fewest=2)
+    chunk = _chunk_length(max(1, batch), steps, max(1, size), states.device, fewest=2)
     chunks = triton.cdiv(steps, chunk)
     kernels = _cell_kernels(program.key)
 
     grad_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    grad_time = None if time_step is None else weights.new_empty(blocks, batch, steps)
-    grad_initial = torch.empty_like(initial)
-    grad_weights = weights.new_empty(batch, chunks, *weights.shape)
-    incoming = weights.new_zeros(batch, chunks, program.states, size)
-    final = None if grad_final_state is None else grad_final_state.contiguous()
+    grad_time = None if time_step is None else states.new_empty(blocks, batch, steps)
+    grad_initial = None if initial is None else torch.empty_like(initial)
+    grad_weights = states.new_empty(batch, chunks, len(weights), size)
+    incoming = None if grad_final_state is None else grad_final_state.contiguous()
 
     def adjoint(incoming, products, reduce):
         kernels.adjoint[(batch * chunks * blocks,)](
@@ -987,14 +1035,13 @@ def cell_scan_backward_triton(
         )  # fmt: skip
 
     if batch * size > 0:
-        with on_device(weights.device):
+        with on_device(states.device):
             if chunks > 1:
-                products = weights.new_empty(batch, chunks, program.states, program.states, size)
-                ends = torch.empty_like(incoming)
+                products = states.new_empty(batch, chunks, program.states, program.states, size)
+                ends, starts = states.new_empty(2, batch, chunks, program.states, size)
                 adjoint(ends, products, True)
-                _find_starts(products, ends, final, incoming, None, reverse=True)
-            elif final is not None:
-                incoming[:, 0] = final
+                _find_starts(products, ends, incoming, starts, None, reverse=True)
+                incoming = starts
             adjoint(incoming, None, False)
     return grad_inputs, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 

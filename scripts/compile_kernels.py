@@ -38,8 +38,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# ptxas gives away one or two values of a thread, with registers to spare, to fit one more block on a processor.
-TOLERATED_BYTES = 16
+# ptxas gives away a few values of a thread, with registers to spare, to fit one more block on a processor.
+TOLERATED_BYTES = 24
 # The cell, dtype of the inputs, dtype of the states, and whether with everything that is optional.
 VARIANTS = [
     (cells.LRC, torch.bfloat16, torch.float32, False),
@@ -61,21 +61,21 @@ def call_operators(
     inputs = [torch.empty(batch, steps, size, dtype=inputs_dtype) for _ in names]
     states = torch.empty(batch, steps, program.states, size, dtype=dtype)
     initial = torch.empty(batch, program.states, size, dtype=dtype)
-    weights = torch.empty(program.weights, size, dtype=dtype)
+    weights = [torch.empty(size, dtype=dtype) for _ in range(program.weights)]
     time_step = torch.ones(batch, steps) if with_steps else None
     reset = torch.zeros(batch, steps, dtype=torch.bool) if with_steps else None
     operands = (program, inputs, time_step, reset, initial, weights)
     for solver in ("sequential", "chunked", "newton"):
-        recurrence_triton.cell_scan_triton(*operands, solver, 1e-6)
+        recurrence_triton.cell_scan_triton(*operands, solver, 1e-6, False)
     recurrence_triton.cell_scan_backward_triton(states, None, states, *operands)
     if cell is cells.LRC or cell is cells.LRC_SYMMETRIC:
         for reverse in (False, True):
             recurrence_triton.prefix_scan_triton(inputs[0], inputs[0], initial[:, 0], reverse)
             of_scan = inputs[0], states[:, :, 0], initial[:, 0], reverse
             recurrence_triton.prefix_scan_backward_triton(states[:, :, 0], *of_scan)
-    call_mixing(inputs, reset, states[:, :, -1])
+        call_mixing(inputs, reset, states[:, :, -1])
     step, (gate, *_) = PROGRAMS[cell.key(names, False)], (first := [x[:, :1] for x in inputs])
-    recurrence_triton.gated_step_triton(step, first, weights.unbind(), initial, gate)
+    recurrence_triton.gated_step_triton(step, first, weights, initial, gate)
 
 
 def call_mixing(inputs: list[torch.Tensor], reset: torch.Tensor | None, states: torch.Tensor) -> None:

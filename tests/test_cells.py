@@ -159,12 +159,13 @@ def test_complex_states(solver, cell):
 def test_operators_are_what_compilers_expect(full, cell):
     inputs, parameters, options = cast_cell_problem(problem_of(cell, 2, 40, 5, full=full), torch.float32)
     initial = torch.randn(2, len(cell.states), 5, requires_grad=True)
-    weights = torch.stack(list(parameters.values())).detach().requires_grad_()
-    steps = (options.get("time_step"), options.get("reset"), initial, weights)
-    operands = (cell.key(tuple(inputs), full), list(inputs.values()), *steps)
-    torch.library.opcheck(recurrence._cell_scan_op, (*operands, "auto", "auto", 1e-6))
-    states = recurrence._cell_scan_op(*operands, "auto", "auto", 1e-6)[0].detach()
-    detached = (operands[0], [x.detach() for x in operands[1]], *[None if x is None else x.detach() for x in steps])
+    weights = [parameter.detach().requires_grad_() for parameter in parameters.values()]
+    steps = (options.get("time_step"), options.get("reset"), initial if full else None)
+    operands = (cell.key(tuple(inputs), full), list(inputs.values()), *steps, weights, torch.float32)
+    torch.library.opcheck(recurrence._cell_scan_op, (*operands, "auto", "auto", 1e-6, True))
+    states = recurrence._cell_scan_op(*operands, "auto", "auto", 1e-6, False)[0].detach()
+    steps = [None if x is None else x.detach() for x in steps]
+    detached = (operands[0], [x.detach() for x in operands[1]], *steps, [x.detach() for x in weights])
     torch.library.opcheck(
         recurrence._cell_scan_backward_op, (torch.ones_like(states), initial.detach(), states, *detached, "auto")
     )

@@ -379,17 +379,20 @@ def test_backward_keeps_inputs_and_states_only():
 def test_operators_are_what_compilers_expect(backend, time_dtype):
     """Schemas, fake tensors and autograd registration, as `torch.compile` relies on them."""
     forget_input, update_input, parameters, options = cast(random_problem(2, 40, 5, full=True), torch.float32)
-    weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
+    weights = [parameter.detach().requires_grad_() for parameter in parameters[:8]]
     steps = (
         options["time_step"].detach().to(time_dtype).requires_grad_(),
         options["reset"],
         torch.randn(5, 1, 2).permute(2, 1, 0).requires_grad_(),
-        weights,
     )
     program, inputs = LRC.key(LRC.inputs, True), [forget_input, update_input, options["elastance_input"]]
-    torch.library.opcheck(recurrence._cell_scan_op, (program, inputs, *steps, "auto", backend, 1e-6))
-    states = recurrence._cell_scan_op(program, inputs, *steps, "auto", backend, 1e-6)[0].detach()
-    detached = (program, [x.detach() for x in inputs], *[x.detach() for x in steps])
+    torch.library.opcheck(
+        recurrence._cell_scan_op, (program, inputs, *steps, weights, torch.float32, "auto", backend, 1e-6, True)
+    )
+    states = recurrence._cell_scan_op(program, inputs, *steps, weights, torch.float32, "auto", backend, 1e-6, False)[
+        0
+    ].detach()
+    detached = (program, [x.detach() for x in inputs], *[x.detach() for x in steps], [x.detach() for x in weights])
     torch.library.opcheck(
         recurrence._cell_scan_backward_op, (torch.ones_like(states), None, states, *detached, backend)
     )

@@ -33,6 +33,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 only_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
 SOLVERS = ["sequential", "chunked", "newton"]
+SCANS = ["sweep", "stitch", "newton", "adjoint", "find_starts", "_linear_kernel"]
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHAPES = [(1, 1, 1), (2, 19, 3), *[pytest.param(shape, marks=only_gpu) for shape in [(3, 1000, 70), (2, 4097, 129)]]]
 
 
@@ -190,11 +192,11 @@ def test_nan_is_not_hidden():
 
 def test_operators_are_what_compilers_expect():
     forget_input, update_input, parameters, options = to_device(random_problem(1, 6, 2, full=True), torch.float32)
-    weights = torch.stack(list(parameters[:8])).detach().requires_grad_()
+    weights = [parameter.detach().requires_grad_() for parameter in parameters[:8]]
     inputs = [forget_input, update_input, options["elastance_input"]]
     steps = (options["time_step"], options["reset"], options["initial_state"].unsqueeze(1))
     operands = (LRC.key(LRC.inputs, True), inputs, *steps, weights)
-    torch.library.opcheck(recurrence._cell_scan_op, (*operands, "chunked", "triton", 1e-6))
+    torch.library.opcheck(recurrence._cell_scan_op, (*operands, torch.float32, "chunked", "triton", 1e-6, True))
 
 
 def test_empty_shapes():
@@ -262,12 +264,32 @@ def test_prefix_scan_stays_finite_where_products_overflow(scan_by_triton, steps)
 
 def compiled_for(*targets):
     """The table of compile_kernels.py, or what it said of those that spill registers."""
-    script = Path(__file__).parents[1] / "scripts" / "compile_kernels.py"
+    return without_interpreter(SCRIPTS / "compile_kernels.py", *targets)
+
+
+def without_interpreter(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, script, *targets]
+    command = [sys.executable, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_a_scan_launches_few_kernels():
+    """Of version 0.1 a chunked one launched 22 forward and 5 back."""
+    script = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import count_launches\n"
+    script += (
+        "for name, *passes in count_launches.measure(): print(name, *(count.total() for count in passes), sep=':')"
+    )
+    counts = [line.split(":") for line in without_interpreter("-c", script).splitlines()]
+    assert {name: int(forward) + int(backward) for name, forward, backward in counts} == {
+        "sequential": 5,
+        "sequential, time steps and resets": 6,
+        "chunked": 13,
+        "chunked, time steps and resets": 15,
+        "newton": 9,
+        "newton, time steps and resets": 11,
+    }
 
 
 @pytest.mark.parametrize("targets", [("sm_90",), pytest.param(("sm_80", "sm_100", "gfx942"), marks=pytest.mark.slow)])
@@ -275,7 +297,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(targets):
     """Ahead of time, without spilling registers."""
     table = compiled_for(*targets)
     for target in targets:
-        for kernel in ("sweep", "stitch", "newton", "adjoint", "find_starts", "_linear_kernel"):
+        for kernel in (*SCANS, "step", "convolution", "convolution_backward", "_silu_gate_kernel"):
             assert f"| {target} | lrc, bfloat16 | {kernel} |" in table
             assert f"| {target} | lrc_symmetric, float64, all options | {kernel} |" in table
         assert f"| {target} | lstm, bfloat16, all options | _hold_kernel |" in table
