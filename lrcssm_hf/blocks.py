@@ -199,9 +199,10 @@ def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSS
 
 
 class LrcSSMRMSNorm(nn.RMSNorm):
-    """As it is in torch, in one pass on CPUs too: (..., H) -> (..., H)."""
+    """The root mean square norm of torch, which on CPUs makes several passes, in one."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
         return rms_norm(hidden_states, self.weight, self.eps)
 
 

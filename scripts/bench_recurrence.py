@@ -77,6 +77,7 @@ PACKAGES = (
     "numba",
     "transformers",
     "ncps",
+    "jax",
     "flash-linear-attention",
     "accelerated-scan",
     "pararnn-torch",
@@ -294,12 +295,16 @@ def layer(bench: Bench, shape: tuple, backward: bool, elastance_input: bool = Fa
             "lrc_scan, PyTorch, a loop": "see without q",
             "torch.nn.GRU": "see without q",
             "ncps.torch.CfC": "see without q",
+            "jax.lax.scan of the same cell": "see without q",
         }
         if not elastance_input:  # which only lrc_scan has, and these are slow
             contenders |= {
                 "lrc_scan, PyTorch, a loop": ours(solver="sequential", backend="torch"),
                 "torch.nn.GRU": module(torch.nn.GRU(size, size, batch_first=True)),
                 "ncps.torch.CfC": optional("ncps.torch", "CfC", lambda cfc: module(cfc(size, size))),
+                "jax.lax.scan of the same cell": optional(
+                    "jax", "jit", lambda jit: jax_scan(jit, inputs, parameters, cotangent, backward)
+                ),
             }
         return compared(shape, backward, bench.measure(contenders), suffix)
 
@@ -319,6 +324,35 @@ def layer(bench: Bench, shape: tuple, backward: bool, elastance_input: bool = Fa
         record["peak_bytes"] = torch.cuda.max_memory_allocated() - before + input_bytes
         record["floor_bytes"] = 2 * input_bytes + state_bytes
     return record
+
+
+def jax_scan(
+    jit: Callable, inputs: list[Tensor], parameters: LrcParameters, cotangent: Tensor, backward: bool
+) -> Callable:
+    """The cell as its authors have it, in JAX: a compiled loop over time."""
+    import jax
+
+    sigmoid = jax.nn.sigmoid
+    tensors = [tensor.detach().transpose(0, 1) for tensor in (*inputs, cotangent)]
+    *arrays, weight = (jax.numpy.asarray(tensor.contiguous().numpy()) for tensor in tensors)
+    names = [name for name, value in parameters._asdict().items() if value is not None]
+    values = {name: jax.numpy.asarray(getattr(parameters, name).detach().numpy()) for name in names}
+
+    def states(forget_input, update_input, p):
+        def step(x, currents):
+            n = sigmoid(p["activation_scale"] * (x - p["activation_shift"]))
+            f = sigmoid(p["leak_conductance"] + currents[0] + p["forget_weight"] * n)
+            z = jax.numpy.tanh(p["leak_conductance"] + currents[1] + p["update_weight"] * n)
+            elastance = sigmoid(p["elastance_weight"] * x + p["elastance_bias"])
+            x = x + elastance * (p["leak_potential"] * z - f * x)
+            return x, x
+
+        return jax.lax.scan(step, jax.numpy.zeros_like(forget_input[0]), (forget_input, update_input))[1]
+
+    run = jit(states)
+    if backward:
+        run = jit(jax.grad(lambda *leaves: (states(*leaves) * weight).sum(), argnums=(0, 1, 2)))
+    return lambda: jax.block_until_ready(run(*arrays, values))
 
 
 def every_cell(bench: Bench, shape: tuple, backward: bool = True, gru: str | None = None) -> dict:

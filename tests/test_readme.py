@@ -13,6 +13,7 @@ import torch
 import lrcssm_hf
 import pretrain
 from lrcssm_hf import (
+    backends,
     blocks,
     cell_compiler,
     cells,
@@ -22,6 +23,7 @@ from lrcssm_hf import (
     host,
     initialization,
     inputs,
+    mixing,
     modeling_lrcssm,
     recurrence,
     recurrent_cache,
@@ -114,12 +116,14 @@ def test_the_links_lead_somewhere():
 
 MODULES = [configuration_lrcssm, forecasting, host, modeling_lrcssm, recurrence]
 MODULES += [
+    backends,
     blocks,
     cell_compiler,
     cells,
     generation,
     initialization,
     inputs,
+    mixing,
     recurrent_cache,
     saved_states,
     series,
