@@ -20,7 +20,7 @@ from .configuration_lrcssm import LrcSSMConfig
 from .context_parallel import steps_before
 from .initialization import init_cell_neurons, init_lrc_neurons
 from .mixing import convolution, decodes_by_kernels, gated_step, last_steps, rms_norm, silu_gate
-from .recurrence import LrcParameters, cell_scan, lrc_scan, prefix_scan
+from .recurrence import LrcParameters, cell_scan, prefix_scan
 from .stability import confine
 from .steps import ALL_ALIKE, LrcSSMSteps
 
@@ -67,13 +67,29 @@ class DrivenNeurons(nn.Module):
         """
         if self.senses:
             inputs = torch.sigmoid(self.sensory_scale * (inputs - self.sensory_shift))
-        currents = dict(zip(self.inputs, self.currents(inputs).chunk(len(self.inputs), dim=-1)))
+        currents = self.currents(inputs)
         if gate is None:
             return self.solve(currents, initial_state, steps)
         if self.decodes and steps == ALL_ALIKE and self.config.backend == "auto" and decodes_by_kernels(gate):
+            currents = dict(zip(self.inputs, currents.chunk(len(self.inputs), dim=-1)))
             return gated_step(self.cell, currents, self.cell_parameters(), initial_state, gate)
         outputs, final_state = self.solve(currents, initial_state, steps)
         return gated(outputs, gate, self.act), final_state
+
+    def solve(self, currents: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """Driven by the cell's inputs side by side: the neurons' last states (B, T, D), and the final state."""
+        states, final_state = cell_scan(
+            self.cell,
+            currents,
+            dict(zip(self.cell.parameters, self.cell_parameters())),
+            initial_state=initial_state,
+            time_step=steps.time_step,
+            reset=steps.reset,
+            solver=self.config.solver,
+            backend=self.config.backend,
+            group=steps.group,
+        )
+        return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
 
 
 class LrcSSMNeurons(DrivenNeurons):
@@ -117,46 +133,25 @@ class LrcSSMNeurons(DrivenNeurons):
         """(D,) each, in the order of the cell."""
         return self.lrc_parameters()[: len(self.cell.parameters)]
 
-    def solve(
-        self, currents: dict[str, Tensor], initial_state: Tensor | None, steps: LrcSSMSteps
-    ) -> tuple[Tensor, Tensor]:
-        """The recurrence driven by the currents, (B, T, D) each by name: its states (B, T, D), and the last."""
-        config, time_step, reset = self.config, steps.time_step, steps.reset
-        forget_input, update_input = currents["forget_input"], currents["update_input"]
-        elastance_input = currents.get("elastance_input")
-        parameters = self.lrc_parameters()
-        shift = parameters.elastance_shift
-
-        if config.state_dependence == "input":
-            dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
-            drive, conductance = self.elastance_bias.to(dtype), self.leak_conductance.to(dtype)
-            if elastance_input is not None:
-                drive = drive + elastance_input
-            if shift is None:
-                rate = torch.sigmoid(drive)
-            else:
-                rate = torch.sigmoid(drive + shift) - torch.sigmoid(drive - shift)
-            if time_step is not None:
-                rate = rate * time_step.unsqueeze(-1)
-            decay = 1 - rate * torch.sigmoid(conductance + forget_input)
-            if reset is not None:
-                decay = decay.masked_fill(reset.unsqueeze(-1), 0)
-            update = rate * self.leak_potential * torch.tanh(conductance + update_input)
-            states = prefix_scan(decay.expand_as(update), update, initial_state, group=steps.group)
-            return states, states[:, -1]
-
-        return lrc_scan(
-            forget_input,
-            update_input,
-            parameters,
-            elastance_input=elastance_input,
-            initial_state=initial_state,
-            time_step=time_step,
-            reset=reset,
-            solver=config.solver,
-            backend=config.backend,
-            group=steps.group,
-        )
+    def solve(self, currents: Tensor, initial_state: Tensor | None, steps: LrcSSMSteps) -> tuple[Tensor, Tensor]:
+        """As for any cell; without the state in the gates, by the linear scan."""
+        if self.config.state_dependence == "full":
+            return super().solve(currents, initial_state, steps)
+        forget_input, update_input, *elastance_input = currents.chunk(len(self.inputs), dim=-1)
+        shift = self.lrc_parameters().elastance_shift
+        dtype = torch.promote_types(self.elastance_bias.dtype, torch.float32)
+        drive, conductance = self.elastance_bias.to(dtype), self.leak_conductance.to(dtype)
+        if elastance_input:
+            drive = drive + elastance_input[0]
+        rate = torch.sigmoid(drive) if shift is None else torch.sigmoid(drive + shift) - torch.sigmoid(drive - shift)
+        if steps.time_step is not None:
+            rate = rate * steps.time_step.unsqueeze(-1)
+        decay = 1 - rate * torch.sigmoid(conductance + forget_input)
+        if steps.reset is not None:
+            decay = decay.masked_fill(steps.reset.unsqueeze(-1), 0)
+        update = rate * self.leak_potential * torch.tanh(conductance + update_input)
+        states = prefix_scan(decay.expand_as(update), update, initial_state, group=steps.group)
+        return states, states[:, -1]
 
 
 class LrcSSMCellNeurons(DrivenNeurons):
@@ -174,23 +169,6 @@ class LrcSSMCellNeurons(DrivenNeurons):
     def cell_parameters(self) -> Sequence[Tensor]:
         """(D,) each, in the order of the cell."""
         return [getattr(self, f"cell_{name}") for name in self.cell.parameters]
-
-    def solve(
-        self, currents: dict[str, Tensor], initial_state: Tensor | None, steps: LrcSSMSteps
-    ) -> tuple[Tensor, Tensor]:
-        """See `LrcSSMNeurons.solve`; the last state may be (B, n, D)."""
-        states, final_state = cell_scan(
-            self.cell,
-            currents,
-            dict(zip(self.cell.parameters, self.cell_parameters())),
-            initial_state=initial_state,
-            time_step=steps.time_step,
-            reset=steps.reset,
-            solver=self.config.solver,
-            backend=self.config.backend,
-            group=steps.group,
-        )
-        return states if len(self.cell.states) == 1 else states[:, :, -1], final_state
 
 
 def make_neurons(config: LrcSSMConfig, input_size: int) -> LrcSSMNeurons | LrcSSMCellNeurons:

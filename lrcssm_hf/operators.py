@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,6 +117,11 @@ def as_operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def rounding(dtype: torch.dtype) -> float:
     """The relative error that is accepted by default."""
     return 16 * torch.finfo(dtype).eps
+
+
+def unpack(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """`count` tensors (B, T, D), of which there is each, or one that has them side by side, (B, T, count * D)."""
+    return list(tensors) if len(tensors) == count else list(tensors[0].chunk(count, dim=-1))
 
 
 def in_forward_mode() -> bool:

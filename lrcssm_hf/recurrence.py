@@ -34,6 +34,7 @@ from .operators import (
     require_steps,
     require_tensor,
     rounding,
+    unpack,
     working_dtype,
 )
 from .solvers import Problem, ScanInfo, solve, solve_backward, solve_sequential
@@ -197,8 +198,8 @@ def prefix_scan(
 
 
 # --- The nonlinear scan ---------------------------------------------------------------------------------------------
-# The operators take a cell's program by its key, and its states as (B, T, n, D) in the dtype in which they are solved,
-# which the parameters have too.
+# The operators take a cell's program by its key, its inputs one by one or side by side in one tensor, and its states as
+# (B, T, n, D) in the dtype in which they are solved, which the parameters have too.
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cell_scan", mutates_args=())
@@ -217,7 +218,7 @@ def _cell_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(states, final_state, [iterations, residual, fell_back, index of the solver]); the last `with_info`, otherwise
     four numbers of no meaning."""
-    operands = (PROGRAMS[program], inputs, time_step, reset, initial_state, weights)
+    operands = (PROGRAMS[program], unpack(inputs, PROGRAMS[program].inputs), time_step, reset, initial_state, weights)
     like = inputs[0].new_empty(0, dtype=dtype)
     results = by_kernels("cell_scan", backend, like, *operands, solver, tolerance, with_info)
     if results is None:
@@ -238,7 +239,8 @@ def _initial(operands: tuple, dtype: torch.dtype) -> Tensor:
 
 @_cell_scan_op.register_fake
 def _(program, inputs, time_step, reset, initial_state, weights, dtype, *options):
-    (batch, length, size), count = inputs[0].shape, PROGRAMS[program].states
+    first, count = unpack(inputs, PROGRAMS[program].inputs)[0], PROGRAMS[program].states
+    batch, length, size = first.shape
     states = inputs[0].new_empty(batch, length, count, size, dtype=dtype)
     return states, states.new_empty(batch, count, size), states.new_empty(4, dtype=torch.float32)
 
@@ -260,8 +262,11 @@ def _cell_scan_backward_op(
     operands = (PROGRAMS[program], inputs, time_step, reset, initial_state, weights)
     gradients = by_kernels("cell_scan_backward", backend, states, grad_states, grad_final_state, states, *operands)
     if gradients is None:
+        operands = (operands[0], unpack(inputs, operands[0].inputs), *operands[2:])
         problem = Problem.of(*operands[:4], weights, states.dtype)
         gradients = solve_backward(problem, grad_states, grad_final_state, states, _initial(operands, states.dtype))
+        if len(inputs) < len(gradients[0]):
+            gradients = [torch.cat(gradients[0], dim=-1)], *gradients[1:]
     by_inputs, by_time_step, by_initial_state, by_weights = gradients
     by_inputs = [gradient.to(x.dtype) for gradient, x in zip(by_inputs, inputs)]
     by_time_step = states.new_empty(0) if time_step is None else by_time_step.to(time_step.dtype)
@@ -315,7 +320,7 @@ _cell_scan_op.register_autograd(_cell_scan_autograd, setup_context=_cell_scan_se
 
 def cell_scan(
     cell: Cell,
-    inputs: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Tensor | None] | Tensor,
     parameters: Mapping[str, Tensor],
     *,
     initial_state: Tensor | None = None,
@@ -334,7 +339,9 @@ def cell_scan(
 
     Args:
         cell: the recurrence, one of `lrcssm_hf.cells` or your own `Cell`.
-        inputs: every input of the cell by its name, (B, T, D); one that has a default may be left out or None.
+        inputs: every input of the cell by its name, (B, T, D); one that has a default may be left out or None. Or one
+            tensor that has them side by side in the cell's order, as one projection makes them, (B, T, k * D), so that
+            its gradient need not be put together from theirs.
         parameters: every parameter of the cell by its name, (D,), real or complex.
         initial_state: x_0, (B, D), or (B, n, D) for a cell of n states, n > 1; zero by default.
         time_step: dt_t, (B, T), real, elapsed time in units of the training step; 1 by default. Where it is 0 the state
@@ -368,8 +375,13 @@ def cell_scan(
     """
     if not isinstance(cell, Cell):
         raise ValueError(f"`cell` must be a `Cell`, got {type(cell).__name__}; pass `Cell(function)`.")
-    inputs = _in_order(cell, "inputs", inputs, cell.inputs, cell.defaults)
     parameters = _in_order(cell, "parameters", parameters, cell.parameters, ())
+    together = inputs if isinstance(inputs, Tensor) else None
+    if together is None:
+        inputs = _in_order(cell, "inputs", inputs, cell.inputs, cell.defaults)
+    else:
+        sizes = (parameter.shape[0] for parameter in parameters.values() if getattr(parameter, "ndim", 0) == 1)
+        inputs = _named_chunks(cell, inputs, next(sizes, None))
     (first_name, first), *others = inputs.items()
     require_sequence(first_name, first)
     batch, length, size = first.shape
@@ -396,13 +408,15 @@ def cell_scan(
     key, options = cell.key(tuple(inputs), time_step is not None), (solver, backend, tolerance)
 
     if group is None:
-        steps = (*inputs.values(), time_step, reset)
+        given = list(inputs.values()) if together is None else [as_operand(together, dtype)]
+        steps = (given, time_step, reset)
         states, final_state, info = _scan(key, steps, parameters, initial_state, dtype, *options, return_info)
     else:
         require_spreadable("return_info", return_info, dtype)
 
         def scan(steps: dict[str, Tensor], parameters: list[Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-            return _scan(key, tuple(steps.values()), parameters, start, dtype, *options)[:2]
+            *given, time_step, reset = steps.values()
+            return _scan(key, (given, time_step, reset), parameters, start, dtype, *options)[:2]
 
         steps = {**inputs, "time_step": time_step, "reset": reset}
         states, final_state = scan_over_ranks(scan, group, steps, parameters, initial_state, tolerance)
@@ -413,7 +427,7 @@ def cell_scan(
 
 def _scan(
     key: str,
-    steps: Sequence[Tensor | None],
+    steps: tuple[list[Tensor], Tensor | None, Tensor | None],
     parameters: Sequence[Tensor],
     initial_state: Tensor | None,
     dtype: torch.dtype,
@@ -423,10 +437,10 @@ def _scan(
     return_info: bool = False,
 ) -> tuple[Tensor, Tensor, ScanInfo | None]:
     """States (B, T, n, D) and final state (B, n, D); `steps` are the inputs, the time step and the reset."""
-    *inputs, time_step, reset = steps
+    inputs, time_step, reset = steps
     length, device = inputs[0].shape[1], inputs[0].device
     weights = [parameter.to(dtype) for parameter in parameters]
-    operands = (PROGRAMS[key], inputs, time_step, reset, initial_state, weights)
+    operands = (PROGRAMS[key], unpack(inputs, PROGRAMS[key].inputs), time_step, reset, initial_state, weights)
     if solver not in ("auto", "sequential"):
         if backend == "cpu":
             raise ValueError(f"backend 'cpu' solves sequentially, not by {solver!r}: use solver or backend 'auto'.")
@@ -448,13 +462,38 @@ def _scan(
         states = problem.advance(_initial(operands, dtype).unsqueeze(1))
         return states, states[:, -1].clone(), None
     states, final_state, log = _cell_scan_op(
-        key, inputs, time_step, reset, initial_state, weights, dtype, solver, backend, tolerance, return_info
+        key,
+        inputs,
+        time_step,
+        reset,
+        initial_state,
+        weights,
+        dtype,
+        solver,
+        backend,
+        tolerance,
+        return_info,
     )
     info = None
     if return_info:
         iterations, residual, fell_back, used = log.tolist()
         info = ScanInfo(SOLVERS[int(used)], int(iterations), residual, bool(fell_back))
     return states, final_state, info
+
+
+def _named_chunks(cell: Cell, inputs: Tensor, size: int | None) -> dict[str, Tensor]:
+    """Of inputs side by side, for neurons of which there are `size`, or as many as make all inputs of the cell."""
+    require_sequence("inputs", inputs)
+    width, most = inputs.shape[2], len(cell.inputs)
+    size = width // most if size is None else size
+    count = width // size if size else most
+    if count * size != width or not most - len(cell.defaults) <= count <= most:
+        least = f"{most - len(cell.defaults)} to {most}" if cell.defaults else str(most)
+        raise ValueError(
+            f"`inputs` must have the {least} inputs of cell {cell.name!r} for {size} neurons side by side, got "
+            f"{width} channels; pass them in the order {', '.join(cell.inputs)}."
+        )
+    return dict(zip(cell.inputs, inputs.chunk(count, dim=-1)))
 
 
 def _in_order(cell: Cell, argument: str, given: Mapping, names: Sequence[str], optional) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Program, Spelling, fill, operands
 from .cpu_kernels import ARRAYS, define, empty, optional_rows, partition, place, rows_of, run, with_rows
-from .operators import SOLVERS
+from .operators import SOLVERS, unpack
 
 
 _LINEAR_SCAN = '''
@@ -254,7 +254,8 @@ def _backward_source(program: Program) -> str:
         target = name.replace("state", "adjoint") if name.startswith("state") else f"grad_{name}"
         write.append(f"{_entry(rows[target])} {'+=' if name.startswith('weight') else '='} {result}")
     of_inputs = [name for name in stored if name != "grad_time_step"]
-    store = [f"_store(s, {rows[name]} * _WIDTH, {name}[b, t], first, count)" for name in of_inputs]
+    place = "b * {0}_b + t * {0}_t + first"
+    store = [f"_store(s, {rows[name]} * _WIDTH, {name}, {place.format(name)}, count)" for name in of_inputs]
     if program.has_time_step:
         row = rows["grad_time_step"]
         store.append(f"grad_time_steps[item % blocks, b, t] = _sum(s[{row} * _WIDTH : {row} * _WIDTH + count])")
@@ -264,7 +265,7 @@ def _backward_source(program: Program) -> str:
         first_adjoint=str(rows[adjoints[0]]),
         first_gradient=str(rows[stored[0]]),
         first_sum=str(len(rows) - len(sums)),
-        unpack_gradients=[f"({', '.join(of_inputs)},) = grad_inputs"],
+        unpack_gradients=[f"({', '.join(f'({name}, {name}_b, {name}_t)' for name in of_inputs)},) = grad_inputs"],
         load_inputs=_load_inputs(program, rows, "-_STEPS_AHEAD", "time_step == 0"),
         read=_read(program.adjoint, rows),
         adjoint=_SPELLING.lines(program.adjoint),
@@ -372,9 +373,10 @@ def cell_scan_backward_cpu(
     grad_states, grad_final_state, states, program: Program, inputs, time_step, reset, initial_state, weights
 ) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
+    gradients = [empty(*x.shape) for x in inputs]
+    inputs, grad_inputs = (unpack(tensors, program.inputs) for tensors in (inputs, gradients))
     batch, steps, size = inputs[0].shape
     blocks, width = partition(batch, size)
-    grad_inputs = [empty(batch, steps, size) for _ in inputs]
     grad_time_step = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = states.new_empty(batch, program.states, size)
     grad_weights = states.new_empty(batch, len(weights), size, dtype=torch.float64)
@@ -383,13 +385,13 @@ def cell_scan_backward_cpu(
         torch.zeros_like(grad_initial).numpy() if grad_final_state is None else grad_final_state.contiguous().numpy(),
         states.numpy(),
         *_operands(program, inputs, time_step, reset, initial_state, weights),
-        tuple(gradient.numpy() for gradient in grad_inputs),
+        tuple(map(rows_of, grad_inputs)),
         None if grad_time_step is None else grad_time_step.numpy(),
         grad_initial.numpy(),
         grad_weights.numpy(),
     )
     run(_kernels_of(program.key).backward, arguments, batch, steps, size, blocks, width)
-    return grad_inputs, None if grad_time_step is None else grad_time_step.sum(0), grad_initial, grad_weights.sum(0)
+    return gradients, None if grad_time_step is None else grad_time_step.sum(0), grad_initial, grad_weights.sum(0)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .cell_compiler import ARITHMETIC, PROGRAMS, Code, Line, Program, Spelling, Tape, Value, fill, operands
-from .operators import SOLVERS, working_dtype
+from .operators import SOLVERS, unpack, working_dtype
 from .solvers import gathered_rounding
 
 
@@ -504,14 +504,14 @@ def newton(
 def adjoint(
     $in_pointers, dt, reset, $weight_pointers, initial, trajectory, grad_trajectory, incoming, products,
     $grad_pointers, grad_dt, grad_initial, grad_weights,
-    $in_strides, g_b, g_t, g_n, steps, size, chunk, chunks, blocks, batch,
+    $in_strides, g_b, g_t, g_n, o_b, o_t, steps, size, chunk, chunks, blocks, batch,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """lam_t = g_t + J_{t+1}^T lam_{t+1} through every chunk from its last step to its first.
 
     REDUCE: from J^T lam = 0 after every chunk, leaving in `incoming` (B, chunks, n, D) what it passes on to the chunk
     before it, and in `products` its transposed Jacobian. Otherwise from `incoming`, writing the gradients: those of the
-    inputs (B, T, D), grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
+    inputs, whose rows lie alike, grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
     """
     b, index, block, channel = program_of(chunks, blocks, BLOCK)
     is_channel = (channel < size) | EVEN
@@ -706,7 +706,7 @@ def _cell_parts(program: Program) -> dict[str, str | list[str]]:
     )
     following, jacobian = _spelled_results(program)
     gradients = dict(zip(operands(program), map(_SPELLING.argument, program.adjoint.results), strict=True))
-    grad_inputs = [_store(f"grad_{name} + row * size + channel", gradients[name]) for name in inputs]
+    grad_inputs = [_store(f"grad_{name} + b * o_b + t * o_t + channel", gradients[name]) for name in inputs]
     load_time_step = []
     if program.has_time_step:
         following = [f"tl.where(time_step == 0, {name}, {value})" for name, value in zip(states, following)]
@@ -1010,6 +1010,8 @@ def cell_scan_backward_triton(
     grad_states, grad_final_state, states, program: Program, inputs, time_step, reset, initial_state, weights
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor]:
     """The gradients; arguments and results as in `recurrence._cell_scan_backward_op`."""
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    inputs, grad_inputs = (unpack(tensors, program.inputs) for tensors in (inputs, gradients))
     batch, steps, size = inputs[0].shape
     pointers, strides = _operands(inputs, time_step, reset, weights, states.dtype)
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
@@ -1021,7 +1023,6 @@ def cell_scan_backward_triton(
     chunks = triton.cdiv(steps, chunk)
     kernels = _cell_kernels(program.key)
 
-    grad_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     grad_time = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = None if initial is None else torch.empty_like(initial)
     grad_weights = states.new_empty(batch, chunks, len(weights), size)
@@ -1031,7 +1032,8 @@ def cell_scan_backward_triton(
         kernels.adjoint[(batch * chunks * blocks,)](
             *pointers, initial, states, grad_states, incoming, products,
             *grad_inputs, grad_time, grad_initial, grad_weights,
-            *strides, *grad_states.stride()[:3], steps, size, chunk, chunks, blocks, batch, **options, REDUCE=reduce,
+            *strides, *grad_states.stride()[:3], *grad_inputs[0].stride()[:2],
+            steps, size, chunk, chunks, blocks, batch, **options, REDUCE=reduce,
         )  # fmt: skip
 
     if batch * size > 0:
@@ -1043,7 +1045,7 @@ def cell_scan_backward_triton(
                 _find_starts(products, ends, incoming, starts, None, reverse=True)
                 incoming = starts
             adjoint(incoming, None, False)
-    return grad_inputs, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
+    return gradients, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 
 
 def gated_step_triton(program: Program, inputs, parameters, state, gate) -> tuple[Tensor, Tensor]:

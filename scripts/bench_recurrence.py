@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from lrcssm_hf import (
     Cell,
@@ -255,7 +256,7 @@ def points(part: str, scale: str) -> list[dict]:
     if quick:
         return [{"model": "tiny", "new_tokens": 8}, {"model": "tiny", "contexts": [1, 100, 10_000]}]
     generated = [{"model": name, "new_tokens": new} for name, new in (("2 M", 256), ("10 M", 256), ("100 M", 64))]
-    return [*generated, {"model": "2 M", "contexts": [1, 1_000, 100_000, 1_000_000]}]
+    return [*generated, {"model": "2 M", "contexts": [1, 8_192, 100_000, 1_000_000]}]
 
 
 def compared(shape: tuple, backward: bool, results: dict[str, dict], suffix: str = "") -> dict:
@@ -387,8 +388,7 @@ def diagonal_gru(weight: float, size: int, device: str) -> tuple[torch.nn.Linear
 
 
 def scan_gru(x: Tensor, projection: torch.nn.Linear, parameters: dict[str, Tensor], **options) -> Tensor:
-    inputs = dict(zip(cells.GRU.inputs, projection(x).chunk(3, -1)))
-    return cell_scan(cells.GRU, inputs, parameters, **options)[0]
+    return cell_scan(cells.GRU, projection(x), parameters, **options)[0]
 
 
 def para_gru(package: Callable, projection: torch.nn.Linear, parameters: dict[str, Tensor]) -> torch.nn.Module:
@@ -545,19 +545,33 @@ def decoding(bench: Bench, model: str, new_tokens: int = 0, contexts: list[int] 
         results = with_rates(bench.measure(calls), new_tokens, models)
         return {"table": "Batch 1", "column": f"{model}, {new_tokens} new tokens", "results": results}
 
-    lrcssm, caches = models["LrcSSM"], {}
-    for context in contexts:
-        cache = None
+    caches, calls = {}, {}
+    # Llama's cache is as long as the context.
+    read = [("LrcSSM", context) for context in contexts] + [("Llama", context) for context in contexts[:2]]
+    for name, context in read:
+        model, cache = models[name], None
         for start in tqdm(range(0, context, PIECE), desc=f"Reading {context:,} tokens", leave=False):
             piece = ids[:, : context - start]
-            cache = lrcssm(piece, cache=cache, use_cache=True, logits_to_keep=1)[CACHE]
-        caches[f"after {context:,} tokens"] = cache
-    calls = {name: lambda cache=cache: lrcssm(ids[:, :1], cache=cache) for name, cache in caches.items()}
+            cache = model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)[CACHE]
+        title = f"after {context:,} tokens" if name == "LrcSSM" else f"{name} after {context:,} tokens"
+        caches[title] = cache
+        calls[title] = lambda model=model, cache=cache: model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+    sizes = {title: bytes_of(cache) for title, cache in caches.items()}
     results = bench.measure(calls)
-    for name, cache in caches.items():
-        tensors = [state for layer in cache.layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
-        results[name]["cache_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    for title, size in sizes.items():
+        results[title]["cache_bytes"] = size
     return {"table": "Time per token and size of the state", "column": f"LrcSSM, {model}", "results": results}
+
+
+def bytes_of(cache: Cache) -> int:
+    """Of a model's cache: states, or keys and values."""
+    tensors = []
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states"):
+            tensors += [layer.conv_states[0], layer.recurrent_states[0]]
+        else:
+            tensors += [layer.keys, layer.values]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 # --- Tables and plots -----------------------------------------------------------------------------------------------
@@ -614,7 +628,7 @@ def remarks(title: str, records: list[dict]) -> list[str]:
             times = record["peak_bytes"] / record["floor_bytes"]
             lines.append(f"- Peak memory at {record['column']}: {times:.2f} times inputs, states and gradients.")
         if "contexts" in record:
-            first, *others = (result["ms"] for result in record["results"].values())
+            first, *others = (x["ms"] for name, x in record["results"].items() if name.startswith("after"))
             lines.append(f"- Largest deviation from the first: {max(abs(x / first - 1) for x in others):.1%}.")
     return lines
 

@@ -154,6 +154,31 @@ def test_complex_states(solver, cell):
         assert torch.allclose(gradient, expected_gradient, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_numba), "triton"])
+@pytest.mark.parametrize("name", ["lrc", "gru", "lstm"])
+def test_inputs_side_by_side(name, backend):
+    """What one projection has made, with the gradient of the whole, equals what is given by name."""
+    if backend == "triton" and (torch.cuda.is_available() or isinstance(backends.kernels_of(backend), str)):
+        pytest.skip("needs triton's interpreter")
+    torch.manual_seed(0)
+    cell = cells.REGISTERED[name]
+    parameters = {each: torch.randn(5) for each in cell.parameters}
+    for count in {len(cell.inputs) - len(cell.defaults), len(cell.inputs)}:
+        whole = torch.randn(2, 9, 5 * count, requires_grad=True)
+        by_name = dict(zip(cell.inputs, whole.chunk(count, -1)))
+        found, expected = (cell_scan(cell, inputs, parameters, backend=backend)[0] for inputs in (whole, by_name))
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(states.square().sum(), whole)[0] for states in (found, expected)]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("width", [5, 14, 20])
+def test_inputs_side_by_side_that_do_not_fit(width):
+    parameters = {name: torch.zeros(5) for name in cells.LRC.parameters}
+    with pytest.raises(ValueError, match="`inputs`.*2 to 3 inputs.*5 neurons.*forget_input, update_input"):
+        cell_scan(cells.LRC, torch.zeros(1, 4, width), parameters)
+
+
 @some_cells
 @plain_and_full
 def test_operators_are_what_compilers_expect(full, cell):
