@@ -549,18 +549,23 @@ def decoding(bench: Bench, model: str, new_tokens: int = 0, contexts: list[int] 
     # Llama's cache is as long as the context.
     read = [("LrcSSM", context) for context in contexts] + [("Llama", context) for context in contexts[:2]]
     for name, context in read:
-        model, cache = models[name], None
+        reader, cache = models[name], None
         for start in tqdm(range(0, context, PIECE), desc=f"Reading {context:,} tokens", leave=False):
             piece = ids[:, : context - start]
-            cache = model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)[CACHE]
-        title = f"after {context:,} tokens" if name == "LrcSSM" else f"{name} after {context:,} tokens"
+            cache = reader(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)[CACHE]
+        title = row_after(name, context)
         caches[title] = cache
-        calls[title] = lambda model=model, cache=cache: model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+        calls[title] = lambda reader=reader, cache=cache: reader(ids[:, :1], **{CACHE: cache}, use_cache=True)
     sizes = {title: bytes_of(cache) for title, cache in caches.items()}
     results = bench.measure(calls)
     for title, size in sizes.items():
         results[title]["cache_bytes"] = size
     return {"table": "Time per token and size of the state", "column": f"LrcSSM, {model}", "results": results}
+
+
+def row_after(model: str, context: int) -> str:
+    """The name of a row of the last table."""
+    return f"after {context:,} tokens" if model == "LrcSSM" else f"{model} after {context:,} tokens"
 
 
 def bytes_of(cache: Cache) -> int:
@@ -650,7 +655,10 @@ def pictures(records: dict[str, list[dict]]) -> dict[str, list[Panel]]:
         models.append(Panel("Training step", trained, "tokens_per_second", [r["steps"] for r in trained]))
     if decoded := records.get("decoding"):
         *generated, last = decoded
-        after = [{"results": {"LrcSSM": result}} for result in last["results"].values()]
+        after = [
+            {"results": {name: last["results"].get(row_after(name, context), {}) for name in ("LrcSSM", "Llama")}}
+            for context in last["contexts"]
+        ]
         models.append(Panel("Decoding", generated, "tokens_per_second"))
         models.append(Panel("A token after a context", after, "ms", last["contexts"]))
     return {
