@@ -335,7 +335,11 @@ def _store_across(s, row, array, offset, count, rows):
             array[offset + (j + 1) * rows - 1 - k] = _narrow(s[(row + k) * _WIDTH + j], array)
 
 
-@njit(fastmath=True, nogil=True)
+# What is summed is summed in any order.
+_summing = njit(fastmath=_FAST | {"reassoc"}, error_model="numpy", nogil=True)
+
+
+@_summing
 def _sum(values):
     total = np.float32(0)
     for value in values:
@@ -343,7 +347,7 @@ def _sum(values):
     return total
 
 
-@njit(fastmath=True, nogil=True)
+@_summing
 def _sum_of_products(a, b):
     total = np.float32(0)
     for i in range(len(a)):

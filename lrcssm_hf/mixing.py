@@ -64,20 +64,24 @@ def _through_definition(definition: Callable, arguments: Sequence, needed: Seque
     return [next(gradients) if is_needed else None for is_needed in needed]
 
 
-def _is_watched(tensor: Tensor) -> bool:
-    """Whether somebody has to see what is computed: compilers, transforms, and the modes that come with tensors of
-    other types."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or type(tensor) is not Tensor
+def _is_watched() -> bool:
+    """Whether a compiler or a transform has to see what is computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
 
 
-def _are_together(tensors: Sequence) -> bool:
-    """Whether all are on one device: a kernel does not ask where an address leads to."""
+def _are_plain(tensors: Sequence) -> bool:
+    """Whether kernels may read them, which do not ask what an address leads to: all on one device, and of no type that
+    keeps its numbers elsewhere."""
     device = tensors[0].device
-    return all(tensor.device == device for tensor in tensors if isinstance(tensor, Tensor))
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == device
+        for tensor in tensors
+        if isinstance(tensor, Tensor)
+    )
 
 
 def _fused(operator: str, definition: Callable, *arguments):
-    if _is_watched(arguments[0]) or not _are_together(arguments):
+    if _is_watched() or not _are_plain(arguments):
         return definition(*arguments)
     if torch.is_grad_enabled() and kernels_for(operator, arguments[0]) is not None:
         return _Fused.apply(operator, definition, *arguments)
@@ -174,7 +178,7 @@ _FEW = 1 << 12
 
 def silu_gate(values: Tensor, gate: Tensor) -> Tensor:
     """values * SiLU(gate), both (B, T, D), in the dtype of the gate."""
-    if _is_watched(gate) or gate.numel() < _FEW:
+    if _is_watched() or gate.numel() < _FEW:
         return silu_gate_definition(gate, values)
     if values.dtype not in (torch.float32, gate.dtype):
         values = values.to(gate.dtype)
@@ -208,7 +212,7 @@ def rms_norm_definition(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
 def decodes_by_kernels(gate: Tensor) -> bool:
     """Whether `gated_step` is for this gate: for one step, without gradients, where there are kernels."""
     # Compilers first, for which a length that is looked at is no longer open.
-    is_alone = not _is_watched(gate) and gate.shape[1] == 1 and not torch.is_grad_enabled()
+    is_alone = not _is_watched() and gate.shape[1] == 1 and not torch.is_grad_enabled()
     return is_alone and kernels_for("gated_step", gate) is not None
 
 
@@ -231,8 +235,8 @@ def gated_step(
     dtype = working_dtype(gate, *parameters, *([] if state is None else [state]))
     if state is None:
         state = gate.new_zeros(batch, count, size, dtype=dtype)
-    arguments = program, inputs, parameters, state.view(batch, count, size), gate
-    is_served = dtype == torch.float32 and _are_together((gate, state, *inputs, *parameters))
+    arguments = program, inputs, parameters, state.reshape(batch, count, size), gate
+    is_served = dtype == torch.float32 and _are_plain((gate, state, *inputs, *parameters))
     results = by_kernels("gated_step", "auto", gate, *arguments) if is_served else None
     output, state = gated_step_definition(*arguments) if results is None else results
     return output, state.squeeze(1) if count == 1 else state

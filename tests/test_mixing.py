@@ -162,6 +162,12 @@ def test_not_a_number_is_seen(backend, monkeypatch):
     outputs, _ = mixing.convolution(x, torch.ones(17, 2, device=DEVICE), torch.ones(17, device=DEVICE), None)
     assert outputs.isnan().nonzero().tolist() == [[0, 1, 16], [0, 2, 16]]
     assert mixing.silu_gate(x, torch.ones_like(x)).isnan().nonzero().tolist() == [[0, 1, 16]]
+    assert mixing.rms_norm(x, torch.ones(17, device=DEVICE), 1e-6)[0].isnan().all(1).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -254,3 +260,19 @@ def test_the_block_moves_little_beside_its_matrix_products(monkeypatch):
             casts = forward.pop("_to_copy")  # of weights, which in a batch this small count
             assert casts < 10
             assert 20 < sum(forward.values()) < 24 and sum(backward.values()) < 100
+
+
+def test_what_is_elsewhere_is_not_read():
+    """An address on another device would end the process."""
+    x, weight = torch.zeros(1, 2000, 4), torch.zeros(4, 2, device="meta")
+    for call in (
+        lambda: mixing.convolution(x, weight, torch.zeros(4), None),
+        lambda: mixing.rms_norm(x, weight[:, 0], 1e-6),
+        lambda: mixing.silu_gate(x, x.to("meta")),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call()
+    with torch.no_grad():
+        step = dict.fromkeys(cells.MGU.inputs, x[:, :1])
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            mixing.gated_step(cells.MGU, step, [weight[:, 0]] * 2, None, x[:, :1])
