@@ -22,7 +22,7 @@ from .initialization import init_cell_neurons, init_lrc_neurons
 from .mixing import convolution, decodes_by_kernels, gated_step, last_steps, rms_norm, silu_gate
 from .recurrence import LrcParameters, cell_scan, prefix_scan
 from .stability import confine
-from .steps import ALL_ALIKE, LrcSSMSteps
+from .steps import LrcSSMSteps
 
 
 def other_than_silu(config: LrcSSMConfig) -> nn.Module | None:
@@ -70,7 +70,7 @@ class DrivenNeurons(nn.Module):
         currents = self.currents(inputs)
         if gate is None:
             return self.solve(currents, initial_state, steps)
-        if self.decodes and steps == ALL_ALIKE and self.config.backend == "auto" and decodes_by_kernels(gate):
+        if self.decodes and steps.are_alike and self.config.backend == "auto" and decodes_by_kernels(gate):
             currents = dict(zip(self.inputs, currents.chunk(len(self.inputs), dim=-1)))
             return gated_step(self.cell, currents, self.cell_parameters(), initial_state, gate)
         outputs, final_state = self.solve(currents, initial_state, steps)

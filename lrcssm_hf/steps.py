@@ -38,6 +38,11 @@ class LrcSSMSteps(NamedTuple):
     lengths: Tensor | None = None
     group: dist.ProcessGroup | None = None
 
+    @property
+    def are_alike(self) -> bool:
+        """Whether they are unmasked steps of time 1 of one document on one rank, as decoding has them."""
+        return self.time_step is None and self.reset is None and self.group is None
+
     @classmethod
     def of(
         cls,
@@ -159,10 +164,6 @@ class LrcSSMSteps(NamedTuple):
         following = torch.where(is_last, first, (step + 1).clamp(max=known.shape[1] - 1))
         time_step = None if self.time_step is None else self.reverse(self.time_step.gather(1, following))
         return self._replace(time_step=time_step, reset=None if self.reset is None else self.reverse(is_last))
-
-
-# Whole sequences of unmasked steps of time 1 of one document, as decoding has them.
-ALL_ALIKE = LrcSSMSteps(None)
 
 
 def may_look(tensor: Tensor) -> bool:
