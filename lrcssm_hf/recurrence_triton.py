@@ -14,8 +14,8 @@ sweeps is launched, of which those that are not needed return at once, and last 
 that are still unsolved. The host never waits, so a call can be captured in a CUDA graph.
 
 The adjoint and `prefix_scan` are linear: one pass reduces every chunk to (product, end), a scan over the chunks gives
-their starts, and a second pass writes the result. Gradients that the batch shares are summed per chunk and then by
-torch: no atomics, the same result every time.
+their starts, and a second pass, of which the adjoint's does that scan itself, writes the result. Gradients that the
+batch shares are summed per chunk and then by torch: no atomics, the same result every time.
 
 A cell's kernels are templates with its program put in; n states of a neuron have n x n Jacobian blocks.
 
@@ -28,6 +28,7 @@ import contextlib
 import functools
 import linecache
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
@@ -66,6 +67,8 @@ _FLAGS = 1024
 _MAX_NEWTON_ITERATIONS = tl.constexpr(30)
 # Triton's interpreter knows no instructions of a processor.
 _COMPILES = tl.constexpr(not triton.knobs.runtime.interpret)
+# Of a kernel that is launched: sizes that vary from call to call, each kind of which would be compiled on its own.
+_kernel = functools.partial(triton.jit, do_not_specialize=["steps", "chunk", "batch"])
 # The smallest number a residual is measured against, as in `solvers._largest`.
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -154,7 +157,7 @@ def _find_change(dt, reset, b, steps, before, TILE: tl.constexpr):
     return found
 
 
-@triton.jit
+@_kernel
 def _hold_kernel(
     dt, reset, states, initial, final, steps, size, chunk, chunks, blocks,
     STATES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -187,7 +190,7 @@ def _hold_kernel(
             tl.store(final + (b * STATES + i) * size + channel, held, mask=inside & (t == steps))
 
 
-@triton.jit
+@_kernel
 def _linear_kernel(
     decay, inputs, starts, states, products, ends, unsolved, trajectory, initial, grad_decay, grad_initial,
     a_b, a_t, u_b, u_t, steps, size, chunk, chunks, blocks,
@@ -261,10 +264,10 @@ def compose($first_blocks, $first_addends, $second_blocks, $second_addends):
     return $composed_blocks, $composed_addends
 
 
-@triton.jit
+@_kernel
 def find_starts(
     products, ends, initial, starts, unsolved, size, chunks, blocks,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):
     """The state before every chunk, (B, chunks, n, D), from the chunks' products and their ends from a start of zero.
 
@@ -275,7 +278,7 @@ def find_starts(
     $zero_carries
     if initial is not None:
         $carries_from_initial
-    zeroth = b * chunks + (chunks - 1 if REVERSE else 0)
+    zeroth = b * chunks
     $store_zeroth_start
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
@@ -283,13 +286,13 @@ def find_starts(
     for tile in range(0, chunks, TILE):
         order = tile + row
         inside = (order < chunks) & (channel < size)
-        entry = b * chunks + (chunks - 1 - order if REVERSE else order)
+        entry = b * chunks + order
         $load_products
         $load_ends
         $factors, $corrections = tl.associative_scan(($products, $ends), 0, compose)
         $add_carries
         $note_overflow
-        entry = entry - 1 if REVERSE else entry + 1
+        entry += 1
         inside = inside & (order < chunks - 1)
         $store_starts
         $keep_corrections
@@ -321,7 +324,7 @@ def linearise($states, $inputs, time_step, fresh$weights):
     return $following, $jacobian_or_zero
 
 
-@triton.jit
+@_kernel
 def sweep(
     $in_pointers, dt, reset, $weight_pointers, initial, starts, trajectory, final, products, amplitudes, log,
     $in_strides, steps, size, chunk, chunks, blocks, batch,
@@ -396,7 +399,7 @@ def step(
     $store_step_states
 
 
-@triton.jit
+@_kernel
 def stitch(
     starts, trajectory, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch, tolerance, gathered,
     FIRST: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
@@ -444,13 +447,13 @@ def stitch(
         tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
 
 
-@triton.jit
+@_kernel
 def newton(
-    $in_pointers, dt, reset, $weight_pointers, initial, both, log,
+    $in_pointers, dt, reset, $weight_pointers, initial, solution, spare, final, log,
     $in_strides, steps, size, blocks, batch, tolerance, BLOCK: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    """All of Newton's iterations for a block of channels; `both` (2, B, T, n, D), of which the first half is zero at
-    first and the solution at last."""
+    """All of Newton's iterations for a block of channels, from states of zero; `spare` is a place like the solution's
+    for every other iteration."""
     b, _, block, channel = program_of(1, blocks, BLOCK)
     is_channel = channel < size
     $load_weights
@@ -459,19 +462,20 @@ def newton(
         $load_initial
     row = tl.arange(0, TILE).to(tl.int64)[:, None]
     channel = channel[None, :]
-    half = tl.full([], $count, tl.int64) * batch * steps * size
     iterations = 0
     residual = tl.full([], float("inf"), DTYPE)
     going = residual > tolerance
     while going:
-        # Even iterations read the first half and write the second, odd ones the other way.
-        trajectory = both + iterations % 2 * half
-        improved = both + (iterations + 1) % 2 * half
+        # Even iterations improve the solution into the spare, odd ones the other way; the first of all reads nothing.
+        trajectory, improved = solution, spare
+        if iterations % 2 == 1:
+            trajectory, improved = spare, solution
         worst = tl.zeros([TILE, BLOCK], DTYPE)
         $zero_carries
         for first in range(0, steps, TILE):
             t = first + row
             inside = (t < steps) & (channel < size)
+            guessed = inside & (iterations > 0)
             $load_guesses
             $inputs, time_step, fresh = load_step(
                 $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, t < steps, DTYPE
@@ -487,12 +491,15 @@ def newton(
         iterations += going.to(tl.int32)
         # The next iteration's threads read what others have written in this one.
         tl.debug_barrier()
-    if iterations % 2 == 1:
-        trajectory = both + half
+    if (iterations % 2 == 1) | (iterations == 0):
         for first in range(0, steps, TILE):
             t = first + row
             inside = (t < steps) & (channel < size)
-            $copy_to_first_half
+            guessed = inside & (iterations > 0)
+            $copy_to_solution
+        tl.debug_barrier()
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    $copy_to_final
     log_entry = log + b * blocks + block
     plane = batch * blocks
     tl.store(log_entry, iterations.to(tl.float32))
@@ -500,33 +507,44 @@ def newton(
     tl.store(log_entry + 2 * plane, tl.where(residual <= tolerance, 0.0, 1.0))
 
 
-@triton.jit
+@_kernel
 def adjoint(
-    $in_pointers, dt, reset, $weight_pointers, initial, trajectory, grad_trajectory, incoming, products,
+    $in_pointers, dt, reset, $weight_pointers, initial, trajectory, grad_trajectory, grad_final, products, ends,
     $grad_pointers, grad_dt, grad_initial, grad_weights,
     $in_strides, g_b, g_t, g_n, o_b, o_t, steps, size, chunk, chunks, blocks, batch,
     BLOCK: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, REDUCE: tl.constexpr,
 ):
     """lam_t = g_t + J_{t+1}^T lam_{t+1} through every chunk from its last step to its first.
 
-    REDUCE: from J^T lam = 0 after every chunk, leaving in `incoming` (B, chunks, n, D) what it passes on to the chunk
-    before it, and in `products` its transposed Jacobian. Otherwise from `incoming`, writing the gradients: those of the
-    inputs, whose rows lie alike, grad_dt (blocks, B, T) and grad_weights (B, chunks, P, D) yet to be summed.
+    REDUCE: from J^T lam = 0 after every chunk, leaving in `ends` (B, chunks, n, D) what it passes on to the chunk
+    before it, and in `products` its transposed Jacobian. Otherwise from what the chunks after it pass on, which every
+    program finds for itself, writing the gradients: those of the inputs, whose rows lie alike, grad_dt (blocks, B, T)
+    and grad_weights (B, chunks, P, D) yet to be summed.
     """
     b, index, block, channel = program_of(chunks, blocks, BLOCK)
     is_channel = (channel < size) | EVEN
-    inside = is_channel
     $load_weights
+    $zero_carries
+    if not REDUCE:
+        if grad_final is not None:
+            $carries_from_final
+        if products is not None:
+            later = chunks - 1 - index
+            for group in tl.range(0, later, ROWS, num_stages=_STAGES):
+                for k in tl.static_range(ROWS):
+                    inside = channel < tl.where(group + k < later, size, 0)
+                    entry = b * chunks + chunks - 1 - group - k
+                    $load_products
+                    $load_ends
+                    $carries = $ends_and_products_times_carries
+    inside = is_channel
+    entry = b * chunks + index
     first = index * chunk
     last = tl.minimum(first + chunk, steps)
     $zero_initial
     if initial is not None:
         $load_initial
-    entry = b * chunks + index
-    $zero_carries
     $identity
-    if not REDUCE and incoming is not None:
-        $load_incoming
     $zero_sums
     next_row = last - 1
     for rows in tl.static_range(ROWS, 0, 1 - ROWS if ROWS > 1 else -1):
@@ -555,7 +573,7 @@ def adjoint(
                     $add_sums
         next_row -= count
     if REDUCE:
-        $store_incoming
+        $store_ends
         ran = inside
         $store_products
     else:
@@ -594,7 +612,6 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
 
     trajectory = "trajectory + " + at("b * steps + t")
     return {
-        "count": str(n),
         "states": each("state{i}"),
         "ends": each("end{i}"),
         "targets": each("target{i}"),
@@ -660,8 +677,8 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
         "zero_initial": each("initial{i} = tl.zeros([BLOCK], DTYPE)"),
         "load_initial": each(_load("initial{i}", "initial + " + at("b"), "is_channel")),
         "load_guesses": [
-            *each(_load("state{i}", trajectory)),
-            *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"), "inside & (t > 0)")),
+            *each(_load("state{i}", trajectory, "guessed")),
+            *each(_load("end{i}", "trajectory + " + at("b * steps + t - 1"), "guessed & (t > 0)")),
             *each("end{i} = tl.where(t == 0, initial{i}[None, :], end{i})"),
         ],
         "shortfalls": each("target{i} - state{i}"),
@@ -670,12 +687,19 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
             *each("worst = tl.maximum(worst, tl.where(inside, off{i}, 0.0))"),
         ],
         "store_improved": each(_store("improved + " + at("b * steps + t"), "state{i} + correction{i}")),
-        "copy_to_first_half": [
-            *each(_load("state{i}", trajectory)),
-            *each(_store("both + " + at("b * steps + t"), "state{i}")),
+        "copy_to_solution": [
+            *each(_load("state{i}", "spare + " + at("b * steps + t"), "guessed")),
+            *each(_store("solution + " + at("b * steps + t"), "state{i}")),
+        ],
+        "copy_to_final": [
+            *each(_load("end{i}", "solution + " + at("b * steps + steps - 1"), "is_channel")),
+            *each(_store("final + " + at("b"), "end{i}", "is_channel")),
         ],
         # adjoint
-        "load_incoming": each(_load("carry{i}", "incoming + " + at("entry"))),
+        "carries_from_final": each(_load("carry{i}", "grad_final + " + at("b"), "is_channel")),
+        "ends_and_products_times_carries": [
+            f"end{i} + {x}" for i, x in enumerate(sums("_carried(product{i}_{j}, carry{j})"))
+        ],
         "load_before": [
             *each(_load("state{i}", "trajectory + " + at("row - 1"), "before")),
             *each("state{i} = tl.where(fresh, 0.0, tl.where((t == 0) & (rows == 1), initial{i}, state{i}))"),
@@ -684,7 +708,7 @@ def _state_parts(n: int) -> dict[str, str | list[str]]:
             *each(_load("adjoint{i}", "grad_trajectory + b * g_b + t * g_t + {i} * g_n + channel")),
             *each("adjoint{i} += carry{i}"),
         ],
-        "store_incoming": each(_store("incoming + " + at("entry"), "carry{i}")),
+        "store_ends": each(_store("ends + " + at("entry"), "carry{i}")),
         "store_grad_initial": each(_store("grad_initial + " + at("b"), "carry{i}", "is_first")),
         # find_starts
         "carries_from_initial": each(_load("carry{i}", "initial + " + at("b"), "is_channel")),
@@ -808,13 +832,24 @@ def _sigmoid_lines(*pair: Line) -> list[str]:
 
 def _for_powers_of_two(program: Program) -> Program:
     """The program with arguments of sigmoid in units of 1 / log2(e), and of tanh in half of that, as `_sigmoids` takes
-    them. Weights are scaled where that is possible, which is the same in every step."""
+    them, and with fewer instructions in a step: what can be done to the weights is the same in every step."""
     scales = {"sigmoid": math.log2(math.e), "tanh": 2 * math.log2(math.e)}
 
     def rewritten(code: Code, names: list[str]) -> Code:
         tape = Tape(program.key)
         values = {name: Value(tape, name) for name in names}
         lines = {line.name: line for line in code.lines}
+        uses = Counter([*code.results, *(x for line in code.lines for x in line.arguments)])
+
+        def is_slope(line: Line) -> bool:
+            """y * (1 - y), of a sigmoid."""
+            return lines.get(line.arguments[-1], line)[1:] == ("sub", (1.0, line.arguments[0]))
+
+        def factors(argument: str | float) -> list[str | float]:
+            line = lines.get(argument)
+            if line is None or line.operation != "mul" or is_slope(line) or uses[argument] > 1:
+                return [argument]
+            return [factor for x in line.arguments for factor in factors(x)]
 
         def scaled(argument: str | float, scale: float) -> Value | float:
             operation, arguments = lines[argument][1:] if argument in lines else (None, ())
@@ -829,7 +864,15 @@ def _for_powers_of_two(program: Program) -> Program:
             arguments = [values.get(x, x) for x in line.arguments]
             if line.operation in scales:
                 arguments = [scaled(line.arguments[0], scales[line.operation])]
-            values[line.name] = tape.add(line.operation, *arguments)
+            if line.operation == "mul" and is_slope(line):
+                # One fused operation as y - y * y, and as exact.
+                values[line.name] = arguments[0] - arguments[0] * arguments[0]
+            elif line.operation == "mul":
+                # Weights first.
+                product = sorted((x for a in line.arguments for x in factors(a)), key=lambda x: "weight" not in str(x))
+                values[line.name] = math.prod(values.get(x, x) for x in product)
+            else:
+                values[line.name] = tape.add(line.operation, *arguments)
         return tape.code(values.get(x, x) for x in code.results)
 
     return program._replace(
@@ -911,12 +954,14 @@ def options_for(tensor: Tensor, size: int, **options) -> dict:
     return {"BLOCK": block, "DTYPE": tl.float64 if double else tl.float32, "enable_fp_fusion": True, **options}
 
 
-def _walk(tensor: Tensor, size: int, block: int, program: Program | None = None) -> dict:
+def _walk(tensor: Tensor, size: int, block: int, program: Program | None = None, *, adjoint: bool = False) -> dict:
     """What the kernels that walk through time want to know beside their options; fewer rows at once where each takes
     more registers."""
     rows = 1 if tensor.dtype == torch.float64 else _ROWS
     if program is not None:
-        rows //= program.states * (2 if program.has_time_step else 1)
+        rows //= program.states
+        if program.has_time_step:
+            rows //= 4 if adjoint else 2
     return {"EVEN": size % block == 0, "ROWS": max(1, rows)}
 
 
@@ -956,7 +1001,7 @@ def cell_scan_triton(
     initial = None if initial_state is None else initial_state.contiguous()
     options = options_for(states, size, BLOCK=_channels(states, program, size))
     if solver == "newton":
-        options["BLOCK"] = max(16, options["BLOCK"] // 2)
+        options["BLOCK"] = min(options["BLOCK"], _BLOCK // 2)
     blocks = triton.cdiv(size, options["BLOCK"])
     log = None if solver == "sequential" else states.new_empty(3, batch, blocks, dtype=torch.float32)
     kernels = _cell_kernels(program.key)
@@ -966,17 +1011,16 @@ def cell_scan_triton(
         kernels.sweep[(batch * chunks * blocks,)](
             *pointers, initial, starts, states, final, products, amplitudes, log,
             *strides, steps, size, chunk, chunks, blocks, batch,
-            **options, **_walk(states, size, options["BLOCK"], program), FIRST=is_first, num_warps=1,
+            **options, **_walk(states, size, options["BLOCK"], program), FIRST=is_first,
+            num_warps=states.element_size() // 4,
         )  # fmt: skip
 
     with on_device(states.device):
         if solver == "newton":
-            both = states.new_zeros(2, *states.shape)
             kernels.newton[(batch * blocks,)](
-                *pointers, initial, both, log, *strides, steps, size, blocks, batch, tolerance,
-                **options, TILE=_tile(_NEWTON_TILE, states, program.states), num_warps=4,
+                *pointers, initial, states, torch.empty_like(states), final, log, *strides, steps, size, blocks, batch,
+                tolerance, **options, TILE=_tile(_NEWTON_TILE, states, program.states), num_warps=8,
             )  # fmt: skip
-            states = both[0].clone()
             chunk = 1
         elif solver == "chunked":
             chunks = triton.cdiv(steps, chunk)
@@ -987,7 +1031,7 @@ def cell_scan_triton(
                 kernels.stitch[(batch * blocks,)](
                     starts, states, products, amplitudes, log, steps, size, chunk, chunks, blocks, batch,
                     tolerance, gathered_rounding(chunk), **options, FIRST=number == 0,
-                    TILE=_tile(_CHUNKS_TILE, states, program.states), num_warps=8,
+                    TILE=_tile(_CHUNKS_TILE, states, program.states), num_warps=32 // states.element_size(),
                 )  # fmt: skip
         if time_step is not None and solver != "sequential":
             chunks = triton.cdiv(steps, chunk)
@@ -997,8 +1041,6 @@ def cell_scan_triton(
                 STATES=program.states, BLOCK=options["BLOCK"], TILE=_FLAGS, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         sweep(None, None, None, steps, log)
-    if solver == "newton":
-        final = states[:, -1].clone()
     if with_info:
         numbers[:3] = 0 if log is None else log.amax((1, 2))
         numbers[0] = 1 if log is None else numbers[0]
@@ -1017,7 +1059,7 @@ def cell_scan_backward_triton(
     grad_states = grad_states if grad_states.stride(3) == 1 else grad_states.contiguous()
     initial = None if initial_state is None else initial_state.contiguous()
     options = options_for(states, size, BLOCK=_channels(states, program, size), num_warps=1)
-    options |= _walk(states, size, options["BLOCK"], program)
+    options |= _walk(states, size, options["BLOCK"], program, adjoint=True)
     blocks = triton.cdiv(size, options["BLOCK"])
     chunk = _chunk_length(max(1, batch), steps, max(1, size), states.device, fewest=2)
     chunks = triton.cdiv(steps, chunk)
@@ -1026,11 +1068,15 @@ def cell_scan_backward_triton(
     grad_time = None if time_step is None else states.new_empty(blocks, batch, steps)
     grad_initial = None if initial is None else torch.empty_like(initial)
     grad_weights = states.new_empty(batch, chunks, len(weights), size)
-    incoming = None if grad_final_state is None else grad_final_state.contiguous()
+    grad_final = None if grad_final_state is None else grad_final_state.contiguous()
+    products = ends = None
+    if chunks > 1:
+        products = states.new_empty(batch, chunks, program.states, program.states, size)
+        ends = states.new_empty(batch, chunks, program.states, size)
 
-    def adjoint(incoming, products, reduce):
+    def adjoint(reduce):
         kernels.adjoint[(batch * chunks * blocks,)](
-            *pointers, initial, states, grad_states, incoming, products,
+            *pointers, initial, states, grad_states, grad_final, products, ends,
             *grad_inputs, grad_time, grad_initial, grad_weights,
             *strides, *grad_states.stride()[:3], *grad_inputs[0].stride()[:2],
             steps, size, chunk, chunks, blocks, batch, **options, REDUCE=reduce,
@@ -1039,12 +1085,8 @@ def cell_scan_backward_triton(
     if batch * size > 0:
         with on_device(states.device):
             if chunks > 1:
-                products = states.new_empty(batch, chunks, program.states, program.states, size)
-                ends, starts = states.new_empty(2, batch, chunks, program.states, size)
-                adjoint(ends, products, True)
-                _find_starts(products, ends, incoming, starts, None, reverse=True)
-                incoming = starts
-            adjoint(incoming, None, False)
+                adjoint(reduce=True)
+            adjoint(reduce=False)
     return gradients, None if grad_time is None else grad_time.sum(0), grad_initial, grad_weights.sum((0, 1))
 
 
@@ -1064,9 +1106,9 @@ def gated_step_triton(program: Program, inputs, parameters, state, gate) -> tupl
     return outputs, following
 
 
-def _find_starts(products, ends, initial, starts, unsolved, reverse: bool) -> None:
+def _find_starts(products, ends, initial, starts, unsolved) -> None:
     batch, chunks, states, size = starts.shape
-    options = options_for(starts, size, REVERSE=reverse, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=8)
+    options = options_for(starts, size, TILE=_tile(_CHUNKS_TILE, starts, states), num_warps=8)
     options["BLOCK"] = max(16, options["BLOCK"] // states)
     blocks = triton.cdiv(size, options["BLOCK"])
     find_starts = _scan_kernels(states).find_starts
@@ -1120,6 +1162,6 @@ def _linear_scan(
             unsolved = states.new_empty(batch, blocks, dtype=torch.int32)
             scan(None, products, ends, None, chunk)
             # Chunks are numbered in the order of the scan, whichever way that goes through time.
-            _find_starts(products.unsqueeze(3), ends, initial, starts, unsolved, reverse=False)
+            _find_starts(products.unsqueeze(3), ends, initial, starts, unsolved)
             scan(starts, None, None, None, chunk)
             scan(initial, None, None, unsolved, steps)

@@ -59,7 +59,7 @@ def bytes_loaded(instructions: list[str]) -> int:
 
 def bytes_of_element(kernel: Compiled) -> int:
     """What is loaded for one channel of one step."""
-    tensors = [a for name, a in kernel.arguments.items() if name.endswith("_pointer") or name in ("decay", "inputs")]
+    tensors = [a for name, a in kernel.arguments.items() if re.fullmatch(r"input\d+_pointer|decay|inputs", name)]
     states = 2 * torch.float32.itemsize if kernel.name == "adjoint" else 0
     return sum(tensor.dtype.itemsize for tensor in tensors) + states
 
