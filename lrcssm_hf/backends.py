@@ -148,17 +148,12 @@ def by_kernels(operator: str, backend: str, tensor: Tensor, *arguments):
 
     Kernels write nothing but what they return, so that PyTorch can begin anew after any of their failures.
     """
-    is_choice = backend == "auto"
-    if is_choice:
-        backend = _BACKEND_OF_DEVICE.get(tensor.device.type, "torch")
     if backend == "torch":
         return None
-    try:
-        kernels = require_kernels(operator, backend, tensor)
-    except ValueError:
-        if is_choice:
-            return None
-        raise
+    is_choice = backend == "auto"
+    kernels = kernels_for(operator, tensor) if is_choice else require_kernels(operator, backend, tensor)
+    if kernels is None:
+        return None
     try:
         return getattr(kernels, operator)(*arguments)
     except (MemoryError, torch.OutOfMemoryError):  # PyTorch needs more still.
@@ -169,5 +164,5 @@ def by_kernels(operator: str, backend: str, tensor: Tensor, *arguments):
         if not is_choice:
             reason = f"{type(error).__name__}: {error}"
             raise RuntimeError(f"backend {backend!r} has failed, try 'auto': {reason}") from error
-        give_up(backend, error)
+        give_up(_BACKEND_OF_DEVICE[tensor.device.type], error)
         return None

@@ -94,7 +94,7 @@ class DrivenNeurons(nn.Module):
 
 class LrcSSMNeurons(DrivenNeurons):
     """A layer of liquid neurons with a diagonal recurrence, driven by the currents c, d and, with `elastance_input`, q
-    (paper, equations 7 to 10); `lrc_scan` solves the recurrence."""
+    (paper, equations 7 to 10)."""
 
     def __init__(self, config: LrcSSMConfig, input_size: int):
         names = ["leak_conductance", "leak_potential", "elastance_bias"]

@@ -167,10 +167,6 @@ def _pointer_to(number: types.Type):
     return pointer
 
 
-_float_pointer, _double_pointer = _pointer_to(types.float32), _pointer_to(types.float64)
-_bfloat16_pointer, _flag_pointer, _long_pointer = map(_pointer_to, (types.int16, types.boolean, types.int64))
-
-
 @intrinsic
 def _bits(typingctx, value):
     """The bits of a float32."""
@@ -257,30 +253,20 @@ _WIDTH = 1024 + _VECTOR
 _FAR = 1 << 40
 
 
-@_inline()
-def _floats(address):
-    """What begins there, as an array whose end nobody looks for."""
-    return carray(_float_pointer(address), (_FAR,), np.float32)
+def _array_at(number: types.Type, dtype: type):
+    """What begins at an address, as an array whose end nobody looks for."""
+    pointer = _pointer_to(number)
+
+    @_inline()
+    def array(address):
+        return carray(pointer(address), (_FAR,), dtype)
+
+    return array
 
 
-@_inline()
-def _bfloat16s(address):
-    return carray(_bfloat16_pointer(address), (_FAR,), np.int16)
-
-
-@_inline()
-def _doubles(address):
-    return carray(_double_pointer(address), (_FAR,), np.float64)
-
-
-@_inline()
-def _flags(address):
-    return carray(_flag_pointer(address), (_FAR,), np.bool_)
-
-
-@_inline()
-def _longs(address):
-    return carray(_long_pointer(address), (_FAR,), np.int64)
+_floats, _doubles = _array_at(types.float32, np.float32), _array_at(types.float64, np.float64)
+_bfloat16s, _longs = _array_at(types.int16, np.int16), _array_at(types.int64, np.int64)
+_flags = _array_at(types.boolean, np.bool_)
 
 
 @_inline()

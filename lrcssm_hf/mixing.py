@@ -128,11 +128,8 @@ def convolution_definition(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """See [`convolution`]: a sum over the taps."""
-    batch, length, size = inputs.shape
-    before = weight.shape[1] - 1
-    document = None if reset is None else F.pad(reset.cumsum(1), (before, 0))
-    past = inputs.new_zeros(batch, before, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
-    window = torch.cat([past, inputs], dim=1)
+    length, before = inputs.shape[1], weight.shape[1] - 1
+    window, document = _window(inputs, past, reset, before)
     dtype = working_dtype(inputs, weight)
     outputs = inputs.to(dtype) * weight[:, -1] + bias
     for tap in range(before):
@@ -147,10 +144,16 @@ def convolution_definition(
 
 def last_steps(inputs: Tensor, past: Tensor | None, reset: Tensor | None, lengths: Tensor | None, count: int) -> Tensor:
     """What `convolution` would return as the past after these inputs, (B, D, count)."""
+    window, document = _window(inputs, past, reset, count)
+    return _last_steps(window, lengths, document, count).transpose(1, 2)
+
+
+def _window(inputs: Tensor, past: Tensor | None, reset: Tensor | None, before: int) -> tuple[Tensor, Tensor | None]:
+    """The inputs after those before them, (B, before + T, D), and the document of each, or None for one."""
     batch, _, size = inputs.shape
-    past = inputs.new_zeros(batch, count, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
-    document = None if reset is None else F.pad(reset.cumsum(1), (count, 0))
-    return _last_steps(torch.cat([past, inputs], dim=1), lengths, document, count).transpose(1, 2)
+    past = inputs.new_zeros(batch, before, size) if past is None else past.transpose(1, 2).to(inputs.dtype)
+    document = None if reset is None else F.pad(reset.cumsum(1), (before, 0))
+    return torch.cat([past, inputs], dim=1), document
 
 
 def _last_steps(window: Tensor, lengths: Tensor | None, document: Tensor | None, count: int) -> Tensor:

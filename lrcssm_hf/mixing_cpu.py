@@ -35,9 +35,7 @@ def convolution(inputs, past, resets, lengths, weight, bias, outputs, last, step
         b, first, count, padded = _block(item, blocks, width, size)
         end = _longs(lengths)[b] if lengths else steps
         kept = (b * size + first) * ($taps - 1)
-        for k in range($taps):
-            for j in range(count):
-                s[k * _WIDTH + j] = w[(first + j + 1) * $taps - 1 - k]
+        _load_across(s, 0, w, first * $taps, count, $taps, $taps)
         _load(s, $taps * _WIDTH, _floats(bias), first, count)
         if not past:
             s[($input + 1) * _WIDTH : ($input + $taps) * _WIDTH] = 0
@@ -74,13 +72,11 @@ def convolution_backward(
         b, first, count, padded = _block(item, blocks, width, size)
         end = _longs(lengths)[b] if lengths else steps
         kept = (b * size + first) * ($taps - 1)
-        for k in range($taps):
-            for j in range(count):
-                s[k * _WIDTH + j] = w[(first + j + 1) * $taps - 1 - k]
-                by_weight[(b * size + first + j) * $taps + k] = 0
+        _load_across(s, 0, w, first * $taps, count, $taps, $taps)
         _load(s, $taps * _WIDTH, _floats(bias), first, count)
-        for j in range(count):
-            by_bias[b * size + first + j] = 0
+        channel = b * size + first
+        by_weight[channel * $taps : (channel + count) * $taps] = 0
+        by_bias[channel : channel + count] = 0
         s[$before * _WIDTH : $grad_input * _WIDTH] = 0
         for t in range(steps, -1, -1):
             if t == end and grad_last:
@@ -270,17 +266,21 @@ def _no_rows(tensor: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if tensor is None else place(tensor)
 
 
-def convolution_cpu(inputs, weight, bias, past, reset, lengths, silu: bool) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `mixing.convolution_definition`."""
-    (batch, steps, size), taps = inputs.shape, weight.shape[1]
+def _convolution_operands(inputs, weight, bias, past, reset, lengths) -> tuple[tuple, tuple]:
+    """The tensors that the kernels read, to be kept while they do, and where these lie."""
     inputs, weight, bias = with_rows(inputs), weight.float().contiguous(), bias.float().contiguous()
     past = None if past is None else past.to(inputs.dtype).contiguous()
     lengths = None if lengths is None else lengths.long().contiguous()
-    outputs, last = _like(inputs), inputs.new_empty(batch, size, taps - 1)
-    arguments = (
-        place(inputs), _address(past), _no_rows(reset), _address(lengths), weight.data_ptr(), bias.data_ptr(),
-        outputs.data_ptr(), last.data_ptr(), steps, size,
-    )  # fmt: skip
+    places = place(inputs), _address(past), _no_rows(reset), _address(lengths), weight.data_ptr(), bias.data_ptr()
+    return (inputs, past, reset, lengths, weight, bias), places
+
+
+def convolution_cpu(inputs, weight, bias, past, reset, lengths, silu: bool) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in `mixing.convolution_definition`."""
+    (batch, steps, size), taps = inputs.shape, weight.shape[1]
+    kept, places = _convolution_operands(inputs, weight, bias, past, reset, lengths)
+    outputs, last = _like(kept[0]), inputs.new_empty(batch, size, taps - 1)
+    arguments = *places, outputs.data_ptr(), last.data_ptr(), steps, size
     kernel = _convolution_kernel(taps, silu, ARRAYS[inputs.dtype])
     run(kernel, arguments, batch, steps, size, *partition(batch, size))
     return outputs, last
@@ -290,30 +290,19 @@ def convolution_backward_cpu(
     grad_outputs, grad_last, inputs, weight, bias, past, reset, lengths, silu: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments of `convolution_cpu`."""
-    (batch, steps, size), taps = inputs.shape, weight.shape[1]
-    dtype, has_past = inputs.dtype, past is not None
-    grad_outputs = torch.zeros_like(inputs) if grad_outputs is None else grad_outputs.to(dtype)
+    (batch, steps, size), taps, dtype = inputs.shape, weight.shape[1], inputs.dtype
+    grads = with_rows(torch.zeros_like(inputs) if grad_outputs is None else grad_outputs.to(dtype))
     grad_last = None if grad_last is None else grad_last.to(dtype).contiguous()
-    grads, inputs, w, b = (
-        with_rows(grad_outputs),
-        with_rows(inputs),
-        weight.float().contiguous(),
-        bias.float().contiguous(),
-    )
-    past = None if past is None else past.to(dtype).contiguous()
-    lengths = None if lengths is None else lengths.long().contiguous()
-    grad_inputs, grad_past = _like(inputs), inputs.new_empty(batch, size, taps - 1)
+    kept, places = _convolution_operands(inputs, weight, bias, past, reset, lengths)
+    grad_inputs, grad_past = _like(kept[0]), inputs.new_empty(batch, size, taps - 1)
     grad_weight = weight.new_empty(batch, size, taps, dtype=torch.float64)
     grad_bias = bias.new_empty(batch, size, dtype=torch.float64)
-    arguments = (
-        place(grads), _address(grad_last), place(inputs), _address(past), _no_rows(reset), _address(lengths),
-        w.data_ptr(), b.data_ptr(),
-        grad_inputs.data_ptr(), grad_past.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr(), steps, size,
-    )  # fmt: skip
+    results = (tensor.data_ptr() for tensor in (grad_inputs, grad_past, grad_weight, grad_bias))
+    arguments = place(grads), _address(grad_last), *places, *results, steps, size
     kernel = _convolution_backward_kernel(taps, silu, ARRAYS[dtype])
     run(kernel, arguments, batch, steps, size, *partition(batch, size))
     by_weight, by_bias = grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
-    return grad_inputs, by_weight, by_bias, grad_past if has_past else None, None, None, None
+    return grad_inputs, by_weight, by_bias, None if past is None else grad_past, None, None, None
 
 
 def silu_gate_cpu(gate, values) -> Tensor:
