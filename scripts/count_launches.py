@@ -22,6 +22,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
+from count_traffic import returns_views
 from lrcssm_hf import LrcParameters, lrc_scan, recurrence, recurrence_triton
 
 
@@ -52,8 +53,7 @@ class TorchLaunches(TorchDispatchMode):
         if name in OPERATORS:
             with self:
                 return OPERATORS[name]._init_fn(*args, **(kwargs or {}))
-        shares = any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
-        if not shares and not name.split("::")[1].startswith(("empty", "new_empty", "promote_types")):
+        if not returns_views(function) and not name.split("::")[1].startswith(("empty", "new_empty", "promote_types")):
             self.count += 1
         return function(*args, **(kwargs or {}))
 

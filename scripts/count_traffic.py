@@ -45,6 +45,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = (8, 1024)
 
 
+def returns_views(function: torch._ops.OpOverload) -> bool:
+    """Whether what it returns has its arguments' memory, and nothing is calculated or copied."""
+    return any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
+
+
 class Traffic(TorchDispatchMode):
     """Counts bytes by the name of the operation."""
 
@@ -54,8 +59,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
-        shares = any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
-        if not shares and name not in NOT_COUNTED:
+        if not returns_views(function) and name not in NOT_COUNTED:
             # What is allocated by the example of a tensor does not read that.
             read = () if name.startswith(("new_", "zeros_", "ones_", "full_")) else (args, kwargs)
             self.moved[name] += bytes_of(read) + bytes_of(results)
