@@ -2,6 +2,7 @@
 """The GPU kernels against the definition in float64: interpreted on tiny problems, or compiled with `pytest -m gpu`."""
 
 import ast
+import copy
 import functools
 import os
 import subprocess
@@ -25,6 +26,7 @@ from problems import (
     random_problem,
     relative_error,
 )
+from tiny_models import make_model, random_ids
 
 
 recurrence_triton = pytest.importorskip("lrcssm_hf.recurrence_triton", reason="triton is not installed")
@@ -406,3 +408,25 @@ class TestOnGPU:
         gradients, expected_gradients = (torch.autograd.grad(x.sum(), leaves(*problem)) for x in (states, expected))
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             assert relative_error(gradient, expected_gradient) < 1e-5
+
+    @pytest.mark.parametrize("options", [{}, {"cell": "lstm"}, {"elastance_input": True}], ids=str)
+    def test_a_model_is_the_same_as_on_the_cpu(self, options):
+        """Loss and gradients, with documents in a row; and the text that it writes, by a CUDA graph too."""
+        on_cpu = make_model(hidden_size=32, num_hidden_layers=2, **options)
+        on_gpu = copy.deepcopy(on_cpu).cuda()
+        ids = random_ids(2, 300)
+        position_ids = torch.cat([torch.arange(170), torch.arange(130)]).expand(2, -1)
+        losses, gradients = [], []
+        for model in (on_cpu, on_gpu):
+            inputs = {name: x.to(model.device) for name, x in (("input_ids", ids), ("position_ids", position_ids))}
+            losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+            gradients.append(torch.autograd.grad(losses[-1], list(model.parameters()), allow_unused=True))
+        torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=1e-5, atol=1e-6)
+        for found, expected in zip(*reversed(gradients), strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                assert relative_error(found.cpu(), expected) < 1e-3
+        greedy = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        written = on_cpu.generate(ids[:, :16], **greedy)
+        for caches in ({}, {"cache_implementation": "static"}):
+            assert torch.equal(on_gpu.generate(ids[:, :16].cuda(), **greedy, **caches).cpu(), written)
