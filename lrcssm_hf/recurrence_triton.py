@@ -147,13 +147,14 @@ def program_of(chunks, blocks, BLOCK: tl.constexpr):
 def _find_change(dt, reset, b, steps, before, TILE: tl.constexpr):
     """The last step before this one at which the state may have changed, counted from 1; 0 is the initial state."""
     found = before * 0
-    while (found == 0) & (before > 0):
-        t = before - 1 - tl.arange(0, TILE)
-        changes = tl.load(dt + b * steps + t, mask=t >= 0, other=0.0) != 0
+    # Triton 3.6 cannot compile addresses that a `while` carries; once found, nothing more is read.
+    for passed in range(0, before, TILE):
+        t = before - passed - 1 - tl.arange(0, TILE)
+        looking = (t >= 0) & (found == 0)
+        changes = tl.load(dt + b * steps + t, mask=looking, other=0.0) != 0
         if reset is not None:
-            changes = changes | (tl.load(reset + b * steps + t, mask=t >= 0, other=0) != 0)
-        found = tl.max(tl.where(changes, t + 1, 0), 0)
-        before -= TILE
+            changes = changes | (tl.load(reset + b * steps + t, mask=looking, other=0) != 0)
+        found = tl.maximum(found, tl.max(tl.where(changes, t + 1, 0), 0))
     return found
 
 
