@@ -26,7 +26,7 @@ from problems import (
     random_problem,
     relative_error,
 )
-from tiny_models import make_model, random_ids
+from tiny_models import make_writer, random_ids
 
 
 recurrence_triton = pytest.importorskip("lrcssm_hf.recurrence_triton", reason="triton is not installed")
@@ -412,7 +412,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("options", [{}, {"cell": "lstm"}, {"elastance_input": True}], ids=str)
     def test_a_model_is_the_same_as_on_the_cpu(self, options):
         """Loss and gradients, with documents in a row; and the text that it writes, by a CUDA graph too."""
-        on_cpu = make_model(hidden_size=32, num_hidden_layers=2, **options)
+        on_cpu = make_writer(hidden_size=32, num_hidden_layers=2, **options)
         on_gpu = copy.deepcopy(on_cpu).cuda()
         ids = random_ids(2, 300)
         position_ids = torch.cat([torch.arange(170), torch.arange(130)]).expand(2, -1)
