@@ -36,7 +36,7 @@ _ROWS = 8
 
 _CONVOLUTION_TEMPLATE = '''
 @triton.jit
-def find_before(x, past, reset, b, at, x_b, x_t, r_b, r_t, size, channel, inside, DTYPE: tl.constexpr):
+def find_before(x, past, reset, b, at, x_b, x_t, r_b, r_t, size, channel, DTYPE: tl.constexpr):
     """The inputs before the step `at`, zero where they are of another document."""
     same = at >= 0
     $find_before
@@ -109,7 +109,7 @@ def convolution_backward(
             y = sigmoid(z)
             grad = grad * (y + z * y * (1.0 - y))
         $by_input
-        tl.store(grad_inputs + (b * steps + t) * size + channel, by_input, mask=inside & (t < stop))
+        tl.store(grad_inputs + (b * steps + t) * size + channel, by_input, mask=channel < tl.where(t < stop, size, 0))
         $carry
         if reset is not None:
             $forget_later
@@ -135,15 +135,15 @@ def _convolution_parts(taps: int) -> dict[str, str | list[str]]:
     for k in range(1, taps):
         find += [
             f"source = x + b * x_b + (at - {k}) * x_t + channel",
-            f"x{k} = tl.load(source, mask=inside & same & (at >= {k}), other=0.0).to(DTYPE)",
+            f"x{k} = tl.load(source, mask=channel < tl.where(same & (at >= {k}), size, 0), other=0.0).to(DTYPE)",
             "if past is not None:",
             f"    source = past + {kept} + {taps - 1 - k} + at",
-            f"    x{k} += tl.load(source, mask=inside & same & (at < {k}), other=0.0).to(DTYPE)",
+            f"    x{k} += tl.load(source, mask=channel < tl.where(same & (at < {k}), size, 0), other=0.0).to(DTYPE)",
             "if reset is not None:",
             f"    flag = tl.load(reset + b * r_b + (at - {k}) * r_t, mask=at >= {k}, other=0)",
             "    same = same & (flag == 0)",
         ]
-    call = "find_before(x, past, reset, b, {}, x_b, x_t, r_b, r_t, size, channel, inside, DTYPE)"
+    call = "find_before(x, past, reset, b, {}, x_b, x_t, r_b, r_t, size, channel, DTYPE)"
     finding = {
         f"before_{name}": [f"{', '.join(before)}, = {call.format(at)}"] if before else ["pass"]
         for name, at in (("first", "first"), ("end", "end"), ("step", "t"))

@@ -132,7 +132,8 @@ def _relative(error, scale):
 
 # --- What all cells share -------------------------------------------------------------------------------------------
 # Programs of a launch are numbered channel block first, then chunk, then batch row. `log` is (3, batch, blocks)
-# float32, the rows iterations, residual and unsolved (1 until a solver has converged there).
+# float32, the rows iterations, residual and unsolved (1 until a solver has converged there). What holds for a whole row
+# is put into masks as a bound, `channel < tl.where(condition, size, 0)`: Triton 3.9's interpreter takes no other.
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def _find_change(dt, reset, b, steps, before, TILE: tl.constexpr):
     # Triton 3.6 cannot compile addresses that a `while` carries; once found, nothing more is read.
     for passed in range(0, before, TILE):
         t = before - passed - 1 - tl.arange(0, TILE)
-        looking = (t >= 0) & (found == 0)
+        looking = t >= tl.where(found == 0, 0, before)
         changes = tl.load(dt + b * steps + t, mask=looking, other=0.0) != 0
         if reset is not None:
             changes = changes | (tl.load(reset + b * steps + t, mask=looking, other=0) != 0)
@@ -188,7 +189,8 @@ def _hold_kernel(
                 held += tl.load(initial + (b * STATES + i) * size + channel, mask=from_initial, other=0.0)
             for k in range(first, t):
                 tl.store(states + ((b * steps + k) * STATES + i) * size + channel, held, mask=inside)
-            tl.store(final + (b * STATES + i) * size + channel, held, mask=inside & (t == steps))
+            at_end = channel < tl.where(t == steps, size, 0)
+            tl.store(final + (b * STATES + i) * size + channel, held, mask=at_end)
 
 
 @_kernel
@@ -212,7 +214,6 @@ def _linear_kernel(
     last = tl.minimum(first + chunk, steps)
     if unsolved is not None:
         last = tl.where(tl.load(unsolved + b * blocks + block) != 0, last, first)
-    is_end = last == steps
     state = tl.zeros([BLOCK], DTYPE)
     product = tl.full([BLOCK], 1.0, DTYPE)
     if products is None and starts is not None:
@@ -240,7 +241,8 @@ def _linear_kernel(
                         is_first = group + k == steps - 1
                         at = row - size if REVERSE else row + size
                         before = tl.load(trajectory + at, mask=inside & (not is_first), other=0.0)
-                        before += tl.load(initial + b * size + channel, mask=inside & is_first, other=0.0)
+                        from_initial = channel < tl.where(is_first, size, 0)
+                        before += tl.load(initial + b * size + channel, mask=from_initial, other=0.0)
                         tl.store(states + row, adjoint, mask=inside)
                         tl.store(grad_decay + row, adjoint * before, mask=inside)
         first = whole
@@ -248,7 +250,8 @@ def _linear_kernel(
         tl.store(products + entry, product, mask=inside)
         tl.store(ends + entry, state, mask=inside)
     elif trajectory is not None:
-        tl.store(grad_initial + b * size + channel, state, mask=inside & is_end)
+        at_end = channel < tl.where(last == steps, size, 0)
+        tl.store(grad_initial + b * size + channel, state, mask=at_end)
 
 
 # --- A cell's kernels -----------------------------------------------------------------------------------------------
@@ -476,7 +479,7 @@ def newton(
         for first in range(0, steps, TILE):
             t = first + row
             inside = (t < steps) & (channel < size)
-            guessed = inside & (iterations > 0)
+            guessed = inside & (channel < tl.where(iterations > 0, size, 0))
             $load_guesses
             $inputs, time_step, fresh = load_step(
                 $in_pointers, dt, reset, $rows_at_t, b * steps + t, channel, inside, t < steps, DTYPE
@@ -496,7 +499,7 @@ def newton(
         for first in range(0, steps, TILE):
             t = first + row
             inside = (t < steps) & (channel < size)
-            guessed = inside & (iterations > 0)
+            guessed = inside & (channel < tl.where(iterations > 0, size, 0))
             $copy_to_solution
         tl.debug_barrier()
     channel = block * BLOCK + tl.arange(0, BLOCK)

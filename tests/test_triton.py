@@ -121,8 +121,9 @@ def test_low_precision_and_strided_inputs(dtype):
 
 
 @pytest.mark.parametrize("solver", ["chunked", "newton"])
-def test_adversarial_weights_fall_back_and_are_right(solver):
+def test_adversarial_weights_fall_back_and_are_right(solver, monkeypatch):
     """Chaos, with weights of order 10: the kernels notice that they do not converge and return the definition."""
+    monkeypatch.setattr(recurrence_triton, "_SHORTEST_CHUNK", 4)
     fell_back = 0
     for seed in range(3):
         problem = to_device(random_problem(1, 48, 2, scale=10.0, seed=seed), torch.float32)
@@ -137,7 +138,8 @@ def test_adversarial_weights_fall_back_and_are_right(solver):
     assert fell_back > 0
 
 
-def test_contracting_problems_need_few_sweeps():
+def test_contracting_problems_need_few_sweeps(monkeypatch):
+    monkeypatch.setattr(recurrence_triton, "_SHORTEST_CHUNK", 4)
     forget_input, update_input, parameters, _ = to_device(random_problem(1, 64, 3, scale=0.2))
     for solver, most in (("chunked", 6), ("newton", 6)):
         with torch.no_grad():
