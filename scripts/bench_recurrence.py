@@ -14,8 +14,8 @@ has five parts, any of which `--parts` selects:
 
 All contenders of a table's column are measured in one run, in turns. The raw medians go to recurrence_<device>.json in
 scripts/results, from which recurrence_<device>.md and the plots are made; a part that is measured again replaces its
-own entry. With `--quick` everything is tiny and goes to a temporary folder: that the script works, not how fast things
-are.
+own entry, and what it has measured is kept where it does not come to its end. With `--quick` everything is tiny and
+goes to a temporary folder: that the script works, not how fast things are.
 """
 
 from __future__ import annotations
@@ -165,7 +165,10 @@ class Bench(NamedTuple):
                 times[name] = []
             except TimeoutError:
                 results[name]["note"] = f"over {limit:g} s"
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                # The driver, which has no memory left for a kernel's code, raises nothing more special.
+                if "out of memory" not in str(error):
+                    raise
                 results[name]["note"] = "out of memory"
         for _, name in itertools.product(range(1 if self.quick else 3), times):
             if seconds[name] >= 20 and self.device == "cpu":
@@ -771,10 +774,10 @@ def main() -> None:
         "decoding": decoding,
     }
     for part in parts:
-        todo = tqdm(points(part, bench.scale), desc=part, unit="point")
-        records = [point | measures[part](bench, **point) for point in todo]
-        results[part] = {"environment": environment(bench.device), "records": records}
-        write(results, folder, stem)
+        results[part] = {"environment": environment(bench.device), "records": (records := [])}
+        for point in tqdm(points(part, bench.scale), desc=part, unit="point"):
+            records.append(point | measures[part](bench, **point))
+            write(results, folder, stem)
     print((folder / f"{stem}.md").read_text())
     print(f"Written to {folder}.")
 
